@@ -360,12 +360,12 @@ def dots_of(lines: list[Content], style: str) -> dict[int, set[int]]:
 
 
 @pytest.mark.parametrize("height", range(LEAST_CHART, 41))
-def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_marks_are_not_flat(
+def test_a_mark_is_in_the_cell_of_its_value_and_lines_between_unlike_marks_are_not_flat(
     height: int,
 ) -> None:
     points = [(float(x), 4 + 1.9 * math.sin(x)) for x in range(0, 60, 7)]
     curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "red", look="dotted")
-    marks = tuple(Mark(*point, "blue", "★" if point == points[3] else "") for point in points)
+    marks = tuple(Mark(*point, "blue", "★" if point == points[3] else "○") for point in points)
     shown = Plot(Axis(0, 60), Axis(2, 6), (curve,), marks)
     lines = plot(shown, 90, height)
     body = lines[1:-1]
@@ -375,9 +375,15 @@ def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_mark
         if (found := re.match(r" *(\d+\.?\d*) ", line.plain))
     }
     (top, high), *_, (bottom, low) = labels.items()
-    blocks, line = dots_of(body, "blue"), dots_of(body, "red")
-    (star,) = ((each.plain.index("★"), row) for row, each in enumerate(body) if "★" in each.plain)
-    blocks = dict(sorted({**blocks, star[0]: set(range(4 * star[1], 4 * star[1] + 4))}.items()))
+    line = dots_of(body, "red")
+    blocks = dict(
+        sorted(
+            (column, set(range(4 * row, 4 * row + 4)))
+            for row, each in enumerate(body)
+            for column, character in enumerate(each.plain)
+            if character in "○★"
+        )
+    )
     assert len(blocks) == len(points)
     rows = []
     for dots, (_, value) in zip(blocks.values(), points, strict=True):
@@ -387,6 +393,9 @@ def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_mark
         assert min(dots) - 1e-6 <= exact <= max(dots) + 1 + 1e-6
     for (here, there), (left, right) in zip(pairwise(rows), pairwise(blocks), strict=True):
         between = set().union(*(line.get(column, set()) for column in range(left + 1, right)))
+        if len(body) < 14:
+            assert not between, "the dots of two lines in few rows would merge"
+            continue
         assert between and (len(between) > 1 or abs(here - there) < 4)
 
 
@@ -429,7 +438,7 @@ def test_the_smoothed_line_is_solid_and_every_other_dash_of_shared_cells_is_vali
             }
             stars += text == "★"
             if styles.get(column) == f"{VALIDATION_STYLE} bold":
-                assert text in "★⠿⣶", "a mark is whole, whatever is drawn below it"
+                assert text in "★○", "a mark is whole, whatever is drawn below it"
             elif "smoothed" in dots:
                 assert (ord(text) - 0x2800) & dots["smoothed"] == dots["smoothed"]
                 has_both = "validation" in dots and (column - gutter) // 2 % 2 == 0

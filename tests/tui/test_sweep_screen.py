@@ -151,7 +151,7 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     assert path == "training.learning_rate"
     chart = setting_plot(view, path)
     results = sorted(result.loss for trial in view.trials for result in trial.results.values())
-    assert sorted(mark.y for mark in chart.marks if not mark.symbol) == results
+    assert sorted(mark.y for mark in chart.marks if mark.symbol == "•") == results
     assert all(chart.x.low < mark.x < chart.x.high for mark in chart.marks)
     unchanged = {mark.x for mark in chart.marks if mark.symbol == "○"}
     assert unchanged == {places[2e-4]}
@@ -161,7 +161,7 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     assert view.winner is not None and view.winner.final is not None and view.winner.final.loss < best.y
     assert best.y == view.verdict.found and best == chart.marks[-1]
     for each in (chart, steps_plot(view)):
-        losses = {(mark.symbol, mark.y) for mark in each.marks if mark.symbol}
+        losses = {(mark.symbol, mark.y) for mark in each.marks if mark.symbol != "•"}
         assert losses == {("★", view.verdict.found), ("○", view.verdict.base)}
         assert [text for text, _ in each.legend][1:3] == [
             f"★ trial {view.winner.number} (mean)",

@@ -246,12 +246,14 @@ async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few() -> None:
         # The screen fills its list itself when it has read the models.
         await wait_for_text(pilot, "Good first models")
         lines = app.screen.query_one(ViList)
-        lines.show([(name, Content(name)) for name in ("here", "below")])
+        lines.show([(name, Content.styled(name, "dim red")) for name in ("here", "below")])
         lines.focus()
         lines.highlighted = 0
         await pilot.pause()
         here, below = (
-            [segment.style is not None and segment.style.reverse for segment in lines.render_line(y)]
-            for y in range(2)
+            [segment.style or Style() for segment in lines.render_line(y) if segment.text] for y in range(2)
         )
-        assert all(here) and not any(below)
+        assert not any(style.reverse for style in below)
+        assert all(style.reverse for style in here)
+        # Reversed, the color of a text would be the background of a part of the row.
+        assert {(style.color, style.bgcolor, style.dim) for style in here} == {(None, None, None)}

@@ -89,7 +89,7 @@ async def test_an_active_run_is_shown_from_its_files_and_followed(set_clock: Set
         with EventWriter(run.events_path) as log:
             log.append(step_event(101))
             log.append(Evaluated(at=BEGAN + 191, step=101, loss=0.5, best=True))
-        await wait_for_text(pilot, "step 101 of 3,000", "★ best 0.500 at 101", "⠿ validation")
+        await wait_for_text(pilot, "step 101 of 3,000", "★ best 0.500 at 101", "○ validation")
 
 
 async def test_answers_of_an_ended_run_are_shown() -> None:

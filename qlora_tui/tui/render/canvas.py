@@ -10,8 +10,8 @@ from textual.content import Content
 
 Look = Literal["line", "thin", "dotted", "points"]
 """How a curve is drawn. ``line``: a line of braille dots, two dots thick. ``thin``: a line of single dots.
-``dotted``: a dot in every other column of dots, over other lines. ``points``: a dot for
-each value, without a line.
+``dotted``: a dot in every other column of dots, over other lines; not drawn in a low graph. ``points``: a dot
+for each value, without a line.
 """
 DOTS_WIDE, DOTS_HIGH = 2, 4
 """Width and height of a braille character in dots. Curves and marks are drawn with these dots."""
@@ -21,8 +21,6 @@ _BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """The bit that each dot sets in the code point of a braille character: one tuple for each column of dots, in
 order of rows from the top.
 """
-_MARKS = "⠿⣶"
-"""Symbols of a mark: for the upper half and for the lower half of its cell."""
 _BRAILLE_BLANK = 0x2800
 """Code point of the braille character without dots."""
 
@@ -67,13 +65,6 @@ class Canvas:
                 before, styles = self.lines.get(cell, (0, ()))
                 bits, _ = self.lines[cell] = before | bits, (style, *styles)
             self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)
-
-    def set_mark(self, column: int, dot_row: int, style: str) -> None:
-        """Draw a mark in the cell that contains the dot row, over everything else in the cell. The mark is
-        a block of dots, three dots high, in the upper or the lower part of the cell.
-        """
-        row, dot = divmod(dot_row, DOTS_HIGH)
-        self.set_symbol((column, row), _MARKS[dot >= DOTS_HIGH // 2], style)
 
     def set_symbol(self, cell: tuple[int, int], symbol: str, style: str) -> None:
         """Write one character into a cell (column, row), over everything else in the cell."""

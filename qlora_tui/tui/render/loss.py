@@ -47,8 +47,8 @@ SMOOTHED = "smoothed"
 """Name of the smoothed loss's curve."""
 STEP_DOTS = "· step"
 """Legend item for the loss of each step."""
-VALIDATION = "⠿"
-"""Symbol of an evaluation in the legend. It resembles the block of dots that the chart draws."""
+VALIDATION = "○"
+"""Symbol of an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
 """Style of the dots for single steps, which are less visible than the smoothed curve."""
@@ -89,7 +89,7 @@ def run_plot(facts: LossFacts) -> Plot:
     y = loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss")
     legend, notes = _legend(facts)
     style = f"{VALIDATION_STYLE} bold"
-    marks = [Mark(step, loss, style) for step, loss in shown if (step, loss) != facts.best]
+    marks = [Mark(step, loss, style, VALIDATION) for step, loss in shown if (step, loss) != facts.best]
     if facts.best is not None:
         marks.append(Mark(*facts.best, style, BEST))
     return Plot(

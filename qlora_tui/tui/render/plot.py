@@ -18,8 +18,9 @@ from qlora_tui.tui.render.series import NOT_A_NUMBER, Envelope
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
 _MANY_ROWS = 14
-"""Minimum number of rows of a graph at which its lines are two dots thick, and the areas under its curves are
-filled. In fewer rows, lines would hide each other, and areas would look like stairs.
+"""Minimum number of rows of a graph at which its lines are two dots thick, dotted lines are drawn, and the
+areas under its curves are filled. In fewer rows, lines would hide each other, and areas would look like
+stairs.
 """
 LEAST_CHART = 7
 """Minimum height of a graph, in lines: five rows, a legend and a scale of x. In fewer lines, the curves are
@@ -222,13 +223,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A block of dots at the point (``x``, ``y``) of a graph, or a symbol in the point's cell."""
+    """A symbol, one character, in the cell of the point (``x``, ``y``) of a graph."""
 
     x: float
     y: float
     style: str
-    symbol: str = ""
-    """One character; empty for a block of dots."""
+    symbol: str
 
 
 @dataclass(frozen=True)
@@ -381,6 +381,9 @@ def _multiples(low: float, high: float, step: float) -> range:
 
 
 def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
+    if curve.look == "dotted" and canvas.height < _MANY_ROWS:
+        # So close to another line, the dots of both would merge. The marks of the curve remain.
+        return
     envelope, dots_wide = curve.envelope, canvas.width * DOTS_WIDE
     dots: set[tuple[int, int]] = set()
     before: tuple[int, int, int] | None = None
@@ -469,9 +472,9 @@ def _set_label(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _set_marks(canvas: Canvas, what: Plot) -> None:
-    """Draw the marks. Those without a symbol are drawn first, so that they do not hide any symbols."""
+    """Draw the marks, the last one over those before it."""
     newest: dict[str, int] = {}
-    for mark in sorted(what.marks, key=lambda mark: bool(mark.symbol)):
+    for mark in what.marks:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
         column = column_of(mark.x, what.x, canvas.width)
@@ -479,11 +482,7 @@ def _set_marks(canvas: Canvas, what: Plot) -> None:
         if not what.has_all_marks and column - newest.get(mark.symbol, column) in range(1, _APART):
             continue
         newest[mark.symbol] = column
-        middle = _dot_row(mark.y, what.y, canvas.height, DOTS_HIGH)
-        if mark.symbol:
-            canvas.set_symbol((column, middle // DOTS_HIGH), mark.symbol, mark.style)
-        else:
-            canvas.set_mark(column, middle, mark.style)
+        canvas.set_symbol((column, row_of(mark.y, what.y, canvas.height)), mark.symbol, mark.style)
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:

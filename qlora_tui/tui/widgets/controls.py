@@ -108,6 +108,15 @@ class ViList(OptionList):
         is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
         return style + VisualStyle(reverse=True) if is_reversed else style
 
+    def render_line(self, y: int) -> Strip:
+        """Return a line of the list. A reversed line is in two colors only, because with ``reverse`` the
+        color of a text becomes its background.
+        """
+        strip = super().render_line(y)
+        if not all(style and style.reverse for _, style, _ in strip):
+            return strip
+        return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
+
     def on_resize(self) -> None:
         if self._write is not None:
             self._show(self._write(self.scrollable_content_region.width))
@@ -440,6 +449,11 @@ def cursor_style(widget: Widget) -> str:
     if lacks_shades(widget.app):
         return "reverse"
     return "bold $block-cursor-foreground on $block-cursor-background"
+
+
+def _two_colors(style: Style | None) -> Style:
+    style = style or Style()
+    return Style(bold=style.bold, underline=style.underline, reverse=True, meta=style.meta)
 
 
 def _placeless(style: Style | None) -> Style | None:

@@ -26,7 +26,7 @@ _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
 WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
 """(symbol, style) for losses of the winner and of the unchanged recipe."""
 _OTHER = "•"
-"""Symbol in the legend for losses of all other trials, which a chart draws as blocks of dots."""
+"""Symbol for the losses of all other trials, and for the single runs of a mean."""
 _JOIN_STYLE = "$border-blurred"
 """Style of the line that connects the losses of a round. Such a line is not a measurement, so it is faint."""
 _LEAST_JOINED = 4
@@ -138,12 +138,12 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
             if only_last and trial.role == "trial" and number < last_round:
                 continue
             is_last = trial.role != "trial" or number == view.rounds
-            symbol, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
+            symbol, style = _OTHER, _LAST_STYLE if is_last else _EARLIER_STYLE
             if trial.role == "base":
-                symbol = UNCHANGED[0] if trial is base and view.mean_of(trial) is None else ""
+                symbol = UNCHANGED[0] if trial is base and view.mean_of(trial) is None else _OTHER
                 style = _UNCHANGED_STYLE
             elif winner is not None and trial.values == winner.values and number == trial.rounds:
-                symbol = WINNER[0] if trial is winner and view.mean_of(trial) is None else ""
+                symbol = WINNER[0] if trial is winner and view.mean_of(trial) is None else _OTHER
                 style = _WINNER_STYLE
             marks.append(Mark(place, result.loss, style, symbol))
             if trial.role == "trial":
@@ -184,7 +184,7 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
 def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """Return the marks in drawing order: the most important marks are drawn last."""
     order = (_EARLIER_STYLE, _LAST_STYLE, _UNCHANGED_STYLE, _WINNER_STYLE)
-    return tuple(sorted(marks, key=lambda mark: (order.index(mark.style), bool(mark.symbol))))
+    return tuple(sorted(marks, key=lambda mark: (order.index(mark.style), mark.symbol != _OTHER)))
 
 
 def _legend(view: SweepView, drawn: set[str], others: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -219,7 +219,7 @@ def steps_plot(view: SweepView) -> Plot:
             continue
         if not trial.evaluations:
             continue
-        symbol, style = "", _EARLIER_STYLE
+        symbol, style = _OTHER, _EARLIER_STYLE
         if trial.role == "base":
             symbol, style = UNCHANGED
         elif trial.number == view.verdict.winner:
@@ -229,8 +229,8 @@ def steps_plot(view: SweepView) -> Plot:
         line_style = style if symbol == WINNER[0] else _EARLIER_STYLE
         envelope = Envelope.of_points(shares, losses)
         curves.append((symbol, Curve(envelope, "", line_style, look="thin")))
-        marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
-        if symbol and (mean := view.mean_of(trial)) is not None:
+        marks += [Mark(share, loss, style, _OTHER) for share, loss in zip(shares, losses, strict=True)]
+        if symbol != _OTHER and (mean := view.mean_of(trial)) is not None:
             marks.append(Mark(shares[-1], mean, style, symbol))
         else:
             marks[-1] = replace(marks[-1], symbol=symbol)
