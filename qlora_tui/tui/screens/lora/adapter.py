@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from math import prod, sqrt
 from typing import ClassVar
 
@@ -479,7 +480,7 @@ def choice_lines(
     Args:
         costs: The costs to show.
         with_bars: Whether bars may be drawn.
-        is_even: Whether bars have full blocks instead of textures.
+        is_even: Whether bars have blocks instead of textures.
         width: Width of a line, in cells.
         height: Number of lines that are in view.
     """
@@ -491,18 +492,20 @@ def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, heigh
     """Return a group of lines for each choice of targets, and a legend; an empty list if they do not fit.
 
     A group has a line for each rank, with parameters, size on disk, and a bar of the memory, divided as on
-    the Memory screen. Groups are side by side if ``height`` requires it.
+    the Memory screen. Groups are side by side if ``height`` requires it. If there is room, lines have a blank
+    line between them.
     """
     most, limit = max(cost.estimate.total_bytes for cost in costs), costs[0].verdict.available_bytes
     full_bytes = most if is_far_above(limit, most) else limit
     groups: dict[str, list[ChoiceCost]] = {}
     for cost in costs:
         groups.setdefault(cost.targets, []).append(cost)
-    for number in range(1, len(groups) + 1):
+    for number, is_spaced in product(range(1, len(groups) + 1), (True, False)):
         cells = (width - _GROUP_GAP * (number - 1)) // number
         if cells < _GROUP_CELLS + _LEAST_BAR:
             break
-        drawn = [_group_lines(name, group, full_bytes, is_even, cells) for name, group in groups.items()]
+        draw = partial(_group_lines, full_bytes=full_bytes, most_bytes=most, is_even=is_even, width=cells)
+        drawn = [draw(name, group, is_spaced=is_spaced) for name, group in groups.items()]
         lines: list[Content] = []
         for at in range(0, len(drawn), number):
             lines += [Content("")] if lines else []
@@ -515,14 +518,23 @@ def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, heigh
 
 
 def _group_lines(
-    name: str, group: Sequence[ChoiceCost], full_bytes: int, is_even: bool, width: int
+    name: str,
+    group: Sequence[ChoiceCost],
+    *,
+    full_bytes: int,
+    most_bytes: int,
+    is_even: bool,
+    width: int,
+    is_spaced: bool,
 ) -> list[Content]:
     """Return lines for one choice of targets: a heading, followed by a line for each rank. Each line is
-    ``width`` cells wide. ``full_bytes``: the memory that the whole width of a bar stands for.
+    ``width`` cells wide. ``full_bytes`` and ``most_bytes``: the scale, as in :func:`stacked_bar`.
+    ``is_spaced``: whether a blank line divides the ranks.
     """
     heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  needs"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]
-    for cost in group:
+    for number, cost in enumerate(group):
+        lines += [Content("")] if number and is_spaced else []
         figure = fit_figure(cost.verdict, is_current=cost.is_current)
         figures = (
             f"{format_count(cost.trained):>{_PARAMS_CELLS}}{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}"
@@ -532,7 +544,7 @@ def _group_lines(
             Content.assemble(
                 ("●" if cost.is_current else " ", "bold $primary"),
                 (f"{rank}{figures}  ", "bold" if cost.is_current else ""),
-                stacked_bar(cost.estimate, full_bytes, width - _GROUP_CELLS, is_even=is_even),
+                stacked_bar(cost.estimate, full_bytes, most_bytes, width - _GROUP_CELLS, is_even=is_even),
                 figure.pad_left(_FIGURE_CELLS - figure.cell_length),
             )
         )

@@ -362,7 +362,7 @@ class ModuleGrid(Widget, can_focus=True):
             gap, text = "", "layers"
         trained = f" {'trains':>{_TRAINED_CELLS}}{share}{gap:<{_GAP_CELLS}}"
         label = f"{'module':<{self._head_width - len(trained)}}{trained}"
-        return Content.styled(label + text, "$text-muted")
+        return Content.styled(label + text, "dim")
 
     def _line(self, index: int, shown: range) -> Content:
         assert self._table is not None
@@ -432,15 +432,14 @@ class ModuleGrid(Widget, can_focus=True):
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {count:>{_TRAINED_CELLS}}{share:>{_SHARE_CELLS}}"
 
     def _share_bar(self, index: int) -> str:
-        """Return a bar for a kind's number of trained parameters. The kind with the most has the longest bar.
-        The first row, which is for all kinds, has no bar. If all layers of all kinds are adapted, the first
-        row says so in place of a bar.
+        """Return a bar for a kind's share of all trained parameters. The first row, which is for all kinds,
+        has no bar. If all layers of all kinds are adapted, the first row says so in place of a bar.
         """
         if self._is_uniform and not index:
             return f" {self._all_layers}".ljust(self._bar_cells)[: self._bar_cells]
         _, *of_kinds = trained = self._trained_by_row()
-        most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
-        drawn = bar(trained[index] / most, cells, has_track=False) if most and index else ""
+        total, cells = sum(of_kinds), max(0, self._bar_cells - 1)
+        drawn = bar(trained[index] / total, cells) if total and index else ""
         return f" {drawn:<{cells}}"[: self._bar_cells]
 
     def _trained_by_row(self) -> Sequence[int]:

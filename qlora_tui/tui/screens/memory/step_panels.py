@@ -68,38 +68,22 @@ class BarPart:
     """Items that belong together, and are drawn in the same way."""
 
     name: str
-    glyph: str
+    texture: str
+    """Character that fills a cell on a terminal with few colors: the denser, the more the part depends on
+    settings.
+    """
     hue: str
+    strength: int
+    """Strength of the color in percent, on a terminal with shades."""
     keys: frozenset[str]
-    strength: int = 100
-    """Strength of the color, in percent. Less than 100 for a part that fills most of a graph."""
 
-    @property
-    def style(self) -> str:
-        """Color of the part's glyph."""
-        return f"{self.hue} {self.strength}%"
-
-    @property
-    def even_style(self) -> str:
-        """Color of a cell that is drawn as a full block instead of the part's glyph. In this color, the block
-        looks as bright as the glyph.
+    def drawn(self, *, is_even: bool, block: str = STACKED) -> tuple[str, str]:
+        """Return (character, color) of a filled cell. With ``is_even``, the character is ``block`` in a shade
+        of the part's color; otherwise, it is the part's texture.
         """
-        return f"{self.hue} {self.even_strength}%"
-
-    def drawn(self, *, is_even: bool) -> tuple[str, str]:
-        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a full block instead
-        of a texture.
-        """
-        return (STACKED, self.even_style) if is_even else (self.glyph, self.style)
-
-    @property
-    def even_strength(self) -> int:
-        """Strength of the color of ``even_style``, in percent."""
-        return self.strength * _DENSITY[self.glyph] // 100
+        return (block, f"{self.hue} {self.strength}%") if is_even else (self.texture, self.hue)
 
 
-_DENSITY = {"█": 100, "▓": 75, "▒": 50, "▚": 50, "░": 25}
-"""Percentage of a cell that a glyph covers, by glyph."""
 _BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
 _ACTIVATIONS = (
     "checkpoints",
@@ -114,11 +98,11 @@ _ACTIVATIONS = (
 )
 
 PARTS: tuple[BarPart, ...] = (
-    BarPart("base weights", "█", "$hardware", frozenset(_BASE), strength=55),
-    BarPart("adapter", "▚", "$training", frozenset(ADAPTER_ITEMS)),
-    BarPart("activations", "▓", "$validation", frozenset(_ACTIVATIONS)),
-    BarPart("loss", "▒", "$forgetting", frozenset(("logits",))),
-    BarPart("overhead", "░", "$foreground", frozenset()),
+    BarPart("base weights", "░", "$hardware", 55, frozenset(_BASE)),
+    BarPart("adapter", "▚", "$training", 50, frozenset(ADAPTER_ITEMS)),
+    BarPart("activations", "█", "$validation", 75, frozenset(_ACTIVATIONS)),
+    BarPart("loss", "▓", "$forgetting", 50, frozenset(("logits",))),
+    BarPart("overhead", "▒", "$foreground", 25, frozenset()),
 )
 """The parts of a bar from left to right. The last part contains the items that belong to no other part."""
 
@@ -138,7 +122,7 @@ def even_colors(widget: Widget) -> dict[str, str]:
         return {}
     app, under = widget.app, widget.background_colors[1]
     hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
-    return {part.name: under.blend(hue, part.even_strength / 100).hex for part, hue in hues.items()}
+    return {part.name: under.blend(hue, part.strength / 100).hex for part, hue in hues.items()}
 
 
 def part_of(key: str) -> BarPart:
@@ -162,32 +146,52 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 
 
 def stacked_bar(
-    estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False, used_bytes: int = 0
+    estimate: Estimate,
+    full_bytes: int,
+    most_bytes: int,
+    width: int,
+    *,
+    is_even: bool = False,
+    used_bytes: int = 0,
 ) -> Content:
-    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. Each part that needs memory
-    has at least one cell. Parts of equal size are equally long in all bars of one scale, except the last
-    part, which makes up for the rounding of the others. The bar of an estimate larger than ``full_bytes``
-    is clipped, and ends with the size relative to ``full_bytes``, such as ``▶128%``. ``is_even``: whether the
-    bar has full blocks instead of textures. ``used_bytes``: what a run will use; a dashed line marks the part
-    that exceeds the estimate.
+    """Return a line of ``width`` cells with a bar and its track, whose full length stands for ``full_bytes``.
+
+    Each part that needs memory has at least one cell. Parts of equal size are equally long in all bars of one
+    scale, except the last part, which makes up for the rounding of the others. The bar of an estimate larger
+    than ``full_bytes`` ends where the track ends, with ``▶`` and the size relative to ``full_bytes``, such as
+    ``▶128%``.
+
+    Args:
+        estimate: The estimate.
+        full_bytes: The memory that the track stands for.
+        most_bytes: The largest estimate with the same scale. If it exceeds ``full_bytes``, every track leaves
+            room for a percentage on its right.
+        width: Width of the line, in cells.
+        is_even: Whether the bar has blocks instead of textures.
+        used_bytes: What a run will use; a dashed line marks the part that exceeds the estimate.
     """
     sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
     share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
-    end = "" if share <= 1 else f"{CLIPPED}{format_percent(share)}"
+    percent_cells = len(format_percent(most_bytes / full_bytes)) if most_bytes > full_bytes else 0
+    width -= percent_cells
     cells = [max(1, round(bytes_ / full_bytes * width)) for _, bytes_ in sizes]
     cells[-1] = max(1, round(share * width) - sum(cells[:-1]))
-    if not end:
+    if share <= 1:
         cells[cells.index(max(cells))] -= max(0, sum(cells) - width)
     pieces = []
     for (part, _), number in zip(sizes, cells, strict=True):
         glyph, style = part.drawn(is_even=is_even)
         pieces.append((glyph * number, style))
-    drawn = Content.assemble(*pieces).truncate(width - len(end))
-    if end:
-        return Content.assemble(drawn, (end, "$error bold"))
+    drawn = Content.assemble(*pieces)
+    if share > 1:
+        end = f"{CLIPPED}{format_percent(share):<{percent_cells}}"
+        return Content.assemble(drawn.truncate(width - 1), (end, "$error bold"))
     dashes = max(0, min(width, round(used_bytes / full_bytes * width)) - drawn.cell_length)
     return Content.assemble(
-        drawn, (_USED * dashes, "$primary"), ("·" * (width - drawn.cell_length - dashes), "dim")
+        drawn,
+        (_USED * dashes, "$primary"),
+        ("·" * (width - drawn.cell_length - dashes), "dim"),
+        " " * percent_cells,
     )
 
 
@@ -202,7 +206,7 @@ def precision_bars(
     is_even: bool = False,
     used_bytes: int = 0,
 ) -> list[Content]:
-    """Return a line for each precision: ``› NF4  ██▚▓▒╌╌···   12.3 GiB fits  ◂ recipe``. ``used_bytes``: what
+    """Return a line for each precision: ``› NF4  ░░▚█▒╌╌···   12.3 GiB fits  ◂ recipe``. ``used_bytes``: what
     a run of the recipe will use.
 
     If there is room, the memory that is left or missing follows the verdict. If the limit is far above all
@@ -222,6 +226,7 @@ def precision_bars(
         drawn = stacked_bar(
             estimate,
             full_bytes,
+            most,
             bar_cells - len(broken),
             is_even=is_even,
             used_bytes=used_bytes if precision == recipe_precision else 0,
@@ -339,7 +344,7 @@ def peak_lines(
         limit_bytes: The memory that the estimates are compared with.
         width: Width of a line, in cells.
         can_train: Whether the model can be trained.
-        is_even: Whether bars have full blocks instead of textures.
+        is_even: Whether bars have blocks instead of textures.
         used_bytes: Memory that a run of the recipe will use, in bytes; 0 if unknown.
     """
     most = max(estimate.total_bytes for estimate in compared.values())
@@ -417,7 +422,7 @@ def item_lines(estimate: Estimate, is_even: bool, is_nested: bool, width: int) -
 
     Args:
         estimate: The estimate.
-        is_even: Whether bars have full blocks instead of textures.
+        is_even: Whether bars have blocks instead of textures.
         is_nested: Whether each item comes below its group. If not, all groups come first, so that a short
             list shows them and the largest items without scrolling.
         width: Width of a line, in cells.
@@ -429,17 +434,17 @@ def item_lines(estimate: Estimate, is_even: bool, is_nested: bool, width: int) -
     for part, size in sorted(groups, key=lambda group: -group[1]):
         glyph, _ = drawn = part.drawn(is_even=is_even)
         head = f"{glyph} {capitalize(part.name)}"
-        line = _item_line(head, part, drawn, size, estimate, width)
+        line = _item_line(head, drawn, size, estimate, width, is_even=is_even)
         (lines if is_nested else heads).append((f"{HEADING}{part.name}", line))
         items = [item for item in estimate.items if part_of(item.key) is part]
         for item in sorted(items, key=lambda item: -item.bytes):
             name = f"    {item.label}" if is_nested else f"{glyph} {item.label}"
-            line = _item_line(name, part, drawn, item.bytes, estimate, width, item)
+            line = _item_line(name, drawn, item.bytes, estimate, width, item, is_even=is_even)
             lines.append((item.key, line))
             sizes[item.key] = item.bytes
     if is_nested:
         return lines
-    heading = Content.styled("Largest items", "$text-muted")
+    heading = Content.styled("Largest items", "$foreground bold")
     return [*heads, (f"{HEADING}items", heading), *sorted(lines, key=lambda line: -sizes[line[0]])]
 
 
@@ -453,12 +458,13 @@ def _explanation_cells(width: int) -> int:
 
 def _item_line(
     name: str,
-    part: BarPart,
     drawn: tuple[str, str],
     size: int,
     estimate: Estimate,
     width: int,
     item: Item | None = None,
+    *,
+    is_even: bool,
 ) -> Content:
     """Return a line with an item's name, size, share of the peak and bar: ``Quantized weights 3 GiB 47%
     ▄▄▄▄``. If there is room, the item's explanation follows. ``item``: None for the line of a group.
@@ -471,15 +477,19 @@ def _item_line(
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
     explanation_cells = _explanation_cells(width)
     cells = min(width - len(text), _SHORT_ITEM_BAR if explanation_cells else _ITEM_BAR) - 1
-    text_of_bar = f" {bar(share, cells, has_track=False)}" if cells >= _MIN_BAR else ""
+    texture, color = drawn
+    text_of_bar = ""
+    if cells >= _MIN_BAR:
+        filled = bar(share, cells, has_track=False) if is_even else texture * round(share * cells)
+        text_of_bar = f" {filled:<{cells}}"
     beside = ""
     if item is not None and explanation_cells:
         beside = "  " + Content(item.explanation).truncate(explanation_cells, ellipsis=True).plain
     return Content.assemble(
-        (text[:1], f"{drawn[1]} not reverse"),
+        (text[:1], f"{color} not reverse"),
         (text[1:], style),
         # With 16 colors, Textual reverses the line under the cursor. Do not reverse the bar, since this would
         # swap its color and its background.
-        (text_of_bar, f"{part.even_style} not reverse"),
+        (text_of_bar, f"{color} not reverse"),
         (beside, "$text-muted"),
     )

@@ -40,10 +40,11 @@ _STEPS, _MAX_STEP_ROWS = (1, 2, 4, 5, 8), 5
 """``_STEPS``: distances between two labels, times a power of ten, in GiB. ``_MAX_STEP_ROWS``: maximum
 distance in rows; the minimum is two.
 """
-_TOTAL = BarPart("total", "█", "$primary", frozenset(), strength=60)
+_TOTAL = BarPart("total", "█", "$primary", 60, frozenset())
 """The single part that is drawn if the graph has too few rows to show all parts."""
-_ALL_PARTS, _TWO_PARTS = " all parts together ", " at most two parts in a cell "
-"""Notes on the colors of the graph."""
+_ALL_PARTS, _ONE_PART = " all parts together ", " one part in a cell "
+_TWO_PARTS = " at most two parts in a cell "
+"""Notes on the colors and textures of the graph."""
 _MIN_PEAK_ROWS = 8
 """Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
 contain several parts, but it can have only two colors.
@@ -81,8 +82,9 @@ def timeline_lines(
     """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
     phases. If ``height`` is less than three, return no lines.
 
-    A label of the scale stands for the middle of its row; 0 is in the row of the phases. If there are too few
-    rows to show the parts, the graph shows the total. Dashed lines above the graph divide the phases.
+    A label of the scale stands for the middle of its row; 0 is in the row of the phases. On a terminal with
+    few colors, each cell shows one part. Otherwise, if there are too few rows to show the
+    parts, the graph shows the total. Dashed lines above the graph divide the phases.
 
     ``widget``: the widget on which the graph is drawn.
     """
@@ -98,8 +100,9 @@ def timeline_lines(
     columns = _columns(moments, max(len(PHASES), width - gutter))
     even = even_colors(widget)
     sums = _sums(columns)
-    has_parts = _has_room_for_parts(columns, row_bytes, peak, sums, is_even=bool(even))
-    if not has_parts:
+    note = _TWO_PARTS if even else _ONE_PART
+    if even and not _has_room_for_parts(columns, row_bytes, peak, sums):
+        note = _ALL_PARTS
         columns = [replace(column, parts=((_TOTAL, column.total_bytes),)) for column in columns]
     starts = [place for place in range(1, len(columns)) if columns[place].phase != columns[place - 1].phase]
     limit_row = min(rows, round(limit_bytes / row_bytes)) if limit_is_shown else None
@@ -114,7 +117,7 @@ def timeline_lines(
         if row == int(peak / row_bytes + 0.5 - _LEAST_FILLED) + 1:
             _draw_peak(cells, peak_column, peak)
         if row == rows:
-            _draw_note(cells, _TWO_PARTS if has_parts else _ALL_PARTS)
+            _draw_note(cells, note)
         for place in starts:
             if cells[place][0] == " " and (limit_row is None or row < limit_row):
                 cells[place] = ("╎", "dim")
@@ -178,18 +181,17 @@ def _has_room_for_parts(
     row_bytes: float,
     peak: int,
     sums: Mapping[BarPart, int],
-    *,
-    is_even: bool,
 ) -> bool:
-    """Return whether the graph is tall enough for the parts. The peak must have enough rows, and every part
-    that is taller than an eighth of a row in any column must be visible in at least one cell.
+    """Return whether the graph is tall enough to show the parts, two in a cell. The peak must have enough
+    rows, and every part that is taller than an eighth of a row in any column must be visible in at least one
+    cell.
     """
     rows = int(peak / row_bytes + 0.5)
     if rows < _MIN_PEAK_ROWS:
         return False
     needed = {part for column in columns for part, size in column.parts if size * 8 > row_bytes}
     cells = (_parts_of_cell(column, row, row_bytes) for column in columns for row in range(1, rows + 1))
-    return needed <= {part for cell in cells for part in _drawn_parts(cell, sums, is_even=is_even)}
+    return needed <= {part for cell in cells for part in _drawn_parts(cell, sums, is_even=True)}
 
 
 def _drawn_parts(
@@ -198,17 +200,22 @@ def _drawn_parts(
     """Return the parts that a cell shows, at most two, the lower part first. The list is empty if the cell is
     almost empty.
 
+    A part that is drawn in few other cells is preferred, since it might not be visible elsewhere: the part
+    with the smallest total over the whole graph.
+
     A cell can show two parts only if it is full and ``is_even`` is True. The first is its lowest part. The
-    second is whichever of the parts above it has the smallest total over the whole graph, since that part
-    might not be visible in any other cell. Parts that cover less than an eighth of the cell are ignored here.
-    A cell that does not show two parts shows only its largest part.
+    second is the preferred part above it that covers at least an eighth of the cell. Without two parts, an
+    even cell shows its largest part, and a textured cell shows the preferred part among those that are at
+    least half as large as the largest.
     """
     filled = sum(share for _, share in covered)
     if filled < _LEAST_FILLED:
         return []
-    (lowest, share), largest = covered[0], max(covered, key=itemgetter(1))[0]
+    (lowest, share), (largest, most) = covered[0], max(covered, key=itemgetter(1))
+    if not is_even:
+        return [min((part for part, size in covered if size >= most / 2), key=lambda part: sums[part])]
     above = [part for part, size in covered[1:] if size >= 1 / 8]
-    if not is_even or filled < 15 / 16 or not above or not 1 / 16 < share < 15 / 16:
+    if filled < 15 / 16 or not above or not 1 / 16 < share < 15 / 16:
         return [largest]
     return [lowest, min(above, key=lambda part: sums[part])]
 
@@ -235,7 +242,8 @@ def _cell(
 ) -> tuple[str, str]:
     """Return (character, style) of a cell. A cell that is partly filled or has two parts is drawn with a
     block character, in steps of an eighth of a cell. ``even``: maps the name of each part to its
-    opaque color, for cells with two parts.
+    opaque color, for cells with two parts; empty if cells have textures. A block is dim next to textures,
+    which leave a part of their cell empty.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))
@@ -245,9 +253,11 @@ def _cell(
     # In a column above the limit, the error color begins in the cell that contains the limit.
     is_over = min((row + 0.5) * row_bytes, column.total_bytes) > limit_bytes
     if filled < 15 / 16:
-        return _EIGHTHS[round(filled * 8)], "$error" if is_over else parts[0].even_style
+        block = parts[0].drawn(is_even=True)[1] if even else f"{parts[0].hue} dim"
+        return _EIGHTHS[round(filled * 8)], "$error" if is_over else block
     if is_over or len(parts) == 1:
-        return parts[-1].glyph, "$error" if is_over else parts[-1].style
+        glyph, style = parts[-1].drawn(is_even=bool(even), block="█")
+        return glyph, "$error" if is_over else style
     lower, above = (even[part.name] for part in parts)
     return _EIGHTHS[min(7, max(1, round(covered[0][1] * 8)))], f"{lower} on {above}"
 
@@ -263,9 +273,11 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 
 def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """Write the peak above its column if there is room."""
-    text = f" peak {format_bytes(peak)} "
-    start = min(max(0, column - len(text) // 2), len(cells) - len(text))
+    """Write the peak above its column, which ``▾`` marks, if there is room."""
+    start, text = column, f"▾ peak {format_bytes(peak)} "
+    if start + len(text) > len(cells):
+        text = f" peak {format_bytes(peak)} ▾"
+        start = max(0, column + 1 - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -50,7 +51,7 @@ from qlora_tui.tui.render.labels import (
     verdict_legend,
 )
 from qlora_tui.tui.screens.memory.step_panels import has_even_colors, is_far_above, legend, stacked_bar
-from qlora_tui.tui.widgets.controls import Lines, Panel
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 _PLACES = {
@@ -67,13 +68,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 _RANKS = (8, 16, 32, 64, 128, 256)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Minimum height of the window, in rows, at which the panel with the memory breakdown is shown. The panel
-then has a bar for each length.
-"""
-_RANKS_HEIGHT = 50
-"""Minimum height of the window, in rows, at which there is also a bar for each rank."""
-_BATCHES_HEIGHT = 56
-"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
+"""Minimum height of the window, in rows, at which the panel with the memory breakdown is shown."""
 _NAME_CELLS = 13
 
 
@@ -125,17 +120,13 @@ class PartsPanel(Panel):
     """Panel that breaks down the memory a model takes at the recipe's precision."""
 
     def __init__(self) -> None:
-        self._lines = Lines(id="parts")
-        super().__init__("Memory", self._lines, id="parts-panel")
+        self._drawing = Drawing(id="parts")
+        super().__init__("Memory", self._drawing, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and, in a tall window, for each rank and each micro-batch size."""
+        """Show a bar for each length and, if there is room, for each rank and each micro-batch size."""
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
-        groups = {"length": fit.lengths}
-        rows = self.screen.size.height
-        groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
-        groups |= {"batch": fit.batches} if fit.batches and rows >= _BATCHES_HEIGHT else {}
-        self._lines.show(partial(parts_lines, groups, fit, has_even_colors(self)))
+        self._drawing.show(partial(parts_lines, fit, has_even_colors(self)))
 
 
 class ModelSide(Vertical):
@@ -286,14 +277,27 @@ def storage_words(models: Sequence[LocalModel]) -> str:
     return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} free on the disk"])])
 
 
-def parts_lines(
-    groups: Mapping[str, Sequence[SettingFit]], fit: ModelFit, is_even: bool, width: int
-) -> list[Content]:
-    """Return a bar and a figure for each value of each setting, and a legend. If the peaks are in different
-    phases of a step, a note says so.
+def parts_lines(fit: ModelFit, is_even: bool, width: int, height: int) -> list[Content]:
+    """Return a bar and a figure for each length, and a legend. If the peaks are in different phases of a
+    step, a note says so.
 
-    Bars are divided as on the Memory screen. ``is_even``: whether bars have full blocks instead of textures.
+    If ``height`` lines suffice, there are also bars for ranks and then micro-batch sizes, and then a blank
+    line between bars. Bars are divided as on the Memory screen. ``is_even``: whether bars have blocks instead
+    of textures.
     """
+    groups = [("length", fit.lengths), ("rank", fit.ranks), ("batch", fit.batches)]
+    groups = [group for group in groups if group[1]]
+    lines: list[Content] = []
+    for number, is_spaced in product(range(len(groups), 0, -1), (True, False)):
+        lines = _parts_lines(dict(groups[:number]), fit, is_even, width, is_spaced=is_spaced)
+        if len(lines) <= height:
+            break
+    return lines
+
+
+def _parts_lines(
+    groups: Mapping[str, Sequence[SettingFit]], fit: ModelFit, is_even: bool, width: int, *, is_spaced: bool
+) -> list[Content]:
     most = max(row.estimate.total_bytes for rows in groups.values() for row in rows)
     limit = fit.budget.bytes
     full_bytes = most if is_far_above(limit, most) else limit
@@ -302,14 +306,15 @@ def parts_lines(
     for title, rows in groups.items():
         lines += [Content("")] if lines else []
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
-        for row in rows:
+        for number, row in enumerate(rows):
             figure = fit_figure(row.needs[fit.precisions[0]], is_current=row.is_current)
             name = f"{row.value:>{_NAME_CELLS - 2},} "
+            lines += [Content("")] if number and is_spaced else []
             lines.append(
                 Content.assemble(
                     ("●" if row.is_current else " ", "bold $primary"),
                     (name, "bold" if row.is_current else ""),
-                    stacked_bar(row.estimate, full_bytes, bar_cells, is_even=is_even),
+                    stacked_bar(row.estimate, full_bytes, most, bar_cells, is_even=is_even),
                     figure.pad_left(_FIGURE_CELLS - figure.cell_length),
                 )
             )

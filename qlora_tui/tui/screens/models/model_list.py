@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import CANNOT_TRAIN, cut_cells, fit_figure, place_words
+from qlora_tui.tui.render.columns import Column, cut_sentence, table
+from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure, place_words
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
@@ -65,6 +65,8 @@ class Starter:
     verdict: Verdict
     is_demo: bool = False
     """Whether this is the demo's model, which is downloaded from the Python package index."""
+    is_best_fit: bool = False
+    """Whether this is the largest model of the list that needs at most half of the memory."""
 
     @property
     def id(self) -> str:
@@ -108,10 +110,10 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
         and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
     ]
     small = [each for each in fitting if each.verdict.needed_bytes <= budget.bytes / 2]
-    recommended = small[-1:]
-    others = [each for each in fitting if each not in recommended]
+    others = [each for each in fitting if each not in small[-1:]]
     others.sort(key=lambda each: each.architecture.total_params)
-    return (*demo, *recommended, *others) if fitting else (*demo, *listed[:1])
+    best = [replace(each, is_best_fit=True) for each in small[-1:]]
+    return (*demo, *best, *others) if fitting else (*demo, *listed[:1])
 
 
 @dataclass
@@ -189,8 +191,7 @@ class ListedModels:
         lines = _local_lines(local, chosen, width, columns, self.needs, self.licenses) if self.local else []
         if starters:
             shown = _figure_columns("download", "access")[:columns]
-            order = ": the demo, then the best fit" if to_start[0].is_demo else ", the best fit first"
-            return [*lines, *_lines(f"Good first models{order}", shown, starters, width)]
+            return [*lines, *_lines(f"Good first models: {_order(to_start)}", shown, starters, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
@@ -256,6 +257,14 @@ def _local_lines(
     where = "this machine" if link is None else link.box.name
     shown = _figure_columns("on disk", "from")[:columns]
     return _lines(f"On {where} ({len(models)})", shown, rows, width)
+
+
+def _order(models: Sequence[Starter]) -> str:
+    """Return the order of recommended models in words, such as ``demo, best fit, then by size``."""
+    first = ["demo"] if any(model.is_demo for model in models) else []
+    first += ["best fit"] if any(model.is_best_fit for model in models) else []
+    rest = [f"{'then ' if first else ''}by size"] if len(models) > len(first) else []
+    return ", ".join([*first, *rest])
 
 
 def _starter_rows(models: Sequence[Starter]) -> list[_Line]:
@@ -389,6 +398,7 @@ def _lines(
     ]
     ids = (f"{HEADING}{heading}", *(row.id for row in rows))
     columns_shown = [names, *((notes,) if has_notes else ()), *figures]
-    titles, *lines = table(columns_shown, rows, width, title_style="")
-    heading = cut_cells(heading, len(titles) - len(titles.plain.lstrip()) - 1)
-    return list(zip(ids, (heading + titles[len(heading) :], *lines), strict=True))
+    titles, *lines = table(columns_shown, rows, width, title_style="$foreground dim")
+    head = cut_sentence(Content(heading), len(titles) - len(titles.plain.lstrip()) - 1)
+    head = head.stylize("$foreground bold")
+    return list(zip(ids, (head + titles[head.cell_length :], *lines), strict=True))
