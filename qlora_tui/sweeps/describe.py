@@ -116,11 +116,11 @@ def short_verdict(view: SweepView) -> tuple[str, str]:
         losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
         return f"{word}: trial {winner.number} ({', '.join(_values(winner))}) has {losses}", capitalize(why)
     fall = (verdict.base or 0.0) - (verdict.found or 0.0)
-    size, noise = format_float(abs(fall)), format_float(verdict.margin or 0.0)
+    size = f"{format_float(abs(fall))} (by chance ≤ {format_float(verdict.margin or 0.0)})"
     if verdict.is_better:
-        return f"Use {join_words(_values(winner))}: loss lower by {size} (noise {noise})", ""
+        return f"Use {', '.join(_values(winner))}: loss lower by {size}", ""
     effect = "raises" if fall < 0 else "lowers"
-    return f"Keep the recipe unchanged: trial {winner.number} {effect} the loss by {size} (noise {noise})", ""
+    return f"Keep the recipe unchanged: trial {winner.number} {effect} the loss by {size}", ""
 
 
 def _values(trial: Trial) -> list[str]:

@@ -55,7 +55,7 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe)
                 pilot,
                 "· finished",
                 "Use learning rate 0.0004: loss lower by 0.",
-                "(noise 0.",
+                "(by chance ≤ 0.",
                 "mean of seeds 43 and 44; selected with seed 42",
                 "mean of seeds 42, 43 and 44",
                 "★ trial 3",
@@ -171,8 +171,13 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     # The title of each round is next to its lowest losses.
     titled = [curve for curve in chart.curves if curve.label]
     assert [curve.label for curve in titled] == ["at 50%", "at 100%"]
-    # A line connects only the losses of many values.
-    assert all(len(curve.envelope.xs) >= 4 for curve in chart.curves if curve.look != "points")
+    lines = [curve.envelope for curve in chart.curves if curve.look != "points"]
+    assert lines == [curve.envelope for curve in titled]
+    # Trials with equal losses share a line.
+    names = [curve.label for curve in steps_plot(view).curves]
+    numbers = [number for name in names for number in name.split(", ") if number]
+    assert sorted(numbers) == sorted(str(trial.number) for trial in view.of_group(1)) and "" in names
+    assert ", " in names[-1] and str(view.winner.number) in names[-1].split(", ")
     assert [curve.envelope.low for curve in titled] == [
         min(trial.results[number].loss for trial in view.of_group(1) if number in trial.results)
         for number in (1, 2)

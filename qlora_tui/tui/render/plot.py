@@ -303,7 +303,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     for curve in what.curves:
         if curve.look == "dotted":
             _draw_curve(canvas, curve, what.x, what.y)
-    for curve in what.curves:
+    for curve in reversed(what.curves):
         _set_label(canvas, curve, what.x, what.y)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
@@ -458,7 +458,7 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
 
 def _set_label(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
     """Write the label of a curve next to its right end or, if there is no room, next to its left end. Without
-    room at either end, the label is left out.
+    room at either end, the label is left out. A label has no room over lines, marks and other labels.
     """
     points = list(zip(curve.envelope.xs, curve.envelope.lows, strict=True))
     for place, value in (points[-1], points[0]) if curve.label and points else ():

@@ -113,6 +113,9 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
             border-title-color: $primary;
             border-title-style: bold;
             padding: 0 1;
+            &:nocolor {
+                border: double $border;
+            }
         }
         #sweep-verdict, #sweep-tables, #sweep-trials, #sweep-bought {
             height: auto;
@@ -126,6 +129,7 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
             margin-top: 1;
         }
         #sweep-charts {
+            min-height: 7;
             max-height: 36;
         }
         .graph {
@@ -153,7 +157,8 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         }
         &.-short {
             #sweep-tables {
-                max-height: 45%;
+                height: 1fr;
+                max-height: 100%;
             }
             #sweep-bought {
                 display: none;
@@ -241,7 +246,7 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         path = main_setting(shown.bought, shown.shares) or next(iter(view.sheet.sweep.vary))
         self.query_one("#sweep-setting", Drawing).show(partial(setting_lines, view, path))
         self.query_one("#sweep-steps", Drawing).show(partial(plot, steps_plot(view)))
-        self.query_one(ViList).show(partial(trial_lines, view))
+        self.query_one(ViList).show(partial(trial_lines, view, has_bar=not self.app.no_color))
         bought = partial(bought_lines, effects_title(view), shown.bought, shown.shares)
         self.query_one("#sweep-bought", Lines).show(bought)
 
@@ -367,15 +372,17 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
     return lines
 
 
-def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
+def trial_lines(view: SweepView, width: int, *, has_bar: bool = True) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading, and for each trial: its values, its loss in each round, steps and
-    outcome. The list is empty if there are no trials.
+    outcome. The list is empty if there are no trials. ``has_bar``: whether lines begin with a bar in the
+    color of the outcome.
     """
     rounds, rows = view.rounds, ranked(view)
     if not rows:
         return []
+    bar = Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome]))
     columns = [
-        Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
+        *([bar] if has_bar else []),
         Column[Trial](text=partial(trial_name, view), title="trial", gap=1),
         *(
             Column[Trial](text=partial(trial_value, view, path=path), title=setting_name(path), max_width=24)

@@ -13,7 +13,7 @@ from qlora_tui.recipe.fields import setting_name
 from qlora_tui.sweeps.describe import round_title, value_of
 from qlora_tui.sweeps.plan import share_of
 from qlora_tui.sweeps.space import Range, Values, value_text
-from qlora_tui.sweeps.view import SweepView
+from qlora_tui.sweeps.view import SweepView, Trial
 from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overall, plot, ticks
 from qlora_tui.tui.render.series import Envelope
 
@@ -27,10 +27,8 @@ WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
 """(symbol, style) for losses of the winner and of the unchanged recipe."""
 _OTHER = "•"
 """Symbol for the losses of all other trials, and for the single runs of a mean."""
-_JOIN_STYLE = "$border-blurred"
+_JOIN_STYLE = "$text-muted dim"
 """Style of the line that connects the losses of a round. Such a line is not a measurement, so it is faint."""
-_LEAST_JOINED = 4
-"""Minimum number of values in a round at which a line connects their losses."""
 _FEW_ROWS = 11
 """Height of a chart, in lines, below which it shows only the last round that any trial has finished."""
 _MARGIN = 0.03
@@ -40,6 +38,8 @@ _TICKS = 8
 _ROUND = (1, 2, 5)
 _LONGEST = 20
 """Maximum length of a value's label, in characters."""
+_NAME_MARGIN = 0.1
+"""Room for names to the right of the lines over the steps, as a fraction of the range of steps."""
 _NOTHING = "No trial has been validated yet."
 
 
@@ -115,9 +115,9 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
     was repeated with other seeds, its symbol is at the mean. If the values are numbers, a faint line connects
-    the lowest losses of each round if there are at least :data:`_LEAST_JOINED` values and, in a sweep with
-    several rounds, the title of each round is next to these losses. With ``only_last``, only the last round
-    with results is drawn for the trials; values in a list that have not reached this round are left out.
+    the lowest losses of each round and, in a sweep with several rounds, the title of each round is next to
+    these losses. With ``only_last``, only the last round with results is drawn for the trials; values in a
+    list that have not reached this round are left out.
     """
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
     values, bases = view.sheet.sweep.vary[path], view.base_trials[:1]
@@ -157,8 +157,7 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
     joins, titles = [], []
     for number, of_round in sorted(lowest.items()) if scale.has_order else ():
         envelope = Envelope.of_points(*zip(*sorted(of_round.items()), strict=True))
-        if len(of_round) >= _LEAST_JOINED:
-            joins.append(Curve(envelope, "", _JOIN_STYLE, look="thin"))
+        joins.append(Curve(envelope, "", _JOIN_STYLE, look="thin"))
         if view.rounds > 1:
             style = _LAST_STYLE if number == view.rounds else _EARLIER_STYLE
             titles.append(Curve(envelope, "", style, label=round_title(view, number), look="points"))
@@ -207,42 +206,42 @@ def _legend(view: SweepView, drawn: set[str], others: Mapping[str, str]) -> tupl
 def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
-    Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
-    trial. Only the winner's line and marks and the marks of the unchanged recipe are bright. The lines of the
-    winner and of the unchanged recipe end in symbols. If one of these two was repeated with other seeds,
-    its symbol is at the mean loss, as in :func:`setting_plot`.
+    Each trial has a line, with a mark for each evaluation, and its number at the end of the line. Trials with
+    equal losses share a line, which has the numbers of all of them. One run of the unchanged recipe is drawn
+    like a trial, without a number. Only the winner's line and marks and the marks of the unchanged recipe are
+    bright. The lines of the winner and of the unchanged recipe end in symbols. If one of these two was
+    repeated with other seeds, its symbol is at the mean loss, as in :func:`setting_plot`.
     """
-    base = view.base_trials[:1]
+    base, lines = view.base_trials[:1], dict[tuple[str, tuple[tuple[float, float], ...]], list[Trial]]()
+    for trial in sorted(view.trials, key=lambda trial: trial.number != view.verdict.winner):
+        if trial.evaluations and (trial.role == "trial" or trial in base):
+            points = tuple((100 * step / trial.total_steps, loss) for step, loss in trial.evaluations)
+            lines.setdefault((trial.role, points), []).append(trial)
     curves, marks = [], []
-    for trial in view.trials:
-        if trial.role == "confirmation" or (trial.role == "base" and trial not in base):
-            continue
-        if not trial.evaluations:
-            continue
+    for (role, points), (first, *others) in lines.items():
         symbol, style = _OTHER, _EARLIER_STYLE
-        if trial.role == "base":
+        if role == "base":
             symbol, style = UNCHANGED
-        elif trial.number == view.verdict.winner:
+        elif first.number == view.verdict.winner:
             symbol, style = WINNER
-        shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
-        losses = [loss for _, loss in trial.evaluations]
-        line_style = style if symbol == WINNER[0] else _EARLIER_STYLE
-        envelope = Envelope.of_points(shares, losses)
-        curves.append((symbol, Curve(envelope, "", line_style, look="thin")))
-        marks += [Mark(share, loss, style, _OTHER) for share, loss in zip(shares, losses, strict=True)]
-        if symbol != _OTHER and (mean := view.mean_of(trial)) is not None:
-            marks.append(Mark(shares[-1], mean, style, symbol))
+        numbers = sorted(trial.number for trial in (first, *others)) if role == "trial" else []
+        line_style = style if role == "trial" else _EARLIER_STYLE
+        envelope = Envelope.of_points(*zip(*points, strict=True))
+        curves.append(Curve(envelope, "", line_style, label=", ".join(map(str, numbers)), look="thin"))
+        marks += [Mark(share, loss, style, _OTHER) for share, loss in points]
+        if symbol != _OTHER and (mean := view.mean_of(first)) is not None:
+            marks.append(Mark(points[-1][0], mean, style, symbol))
         else:
             marks[-1] = replace(marks[-1], symbol=symbol)
-    # The winner comes last, because later curves are drawn over earlier ones.
-    curves.sort(key=lambda each: each[0] == WINNER[0])
-    reach = overall([curve.envelope for _, curve in curves])
+    reach = overall([curve.envelope for curve in curves])
     ends = [100 * share_of(number, view.rounds) for number in range(1, view.rounds + 1)]
+    begin = min((mark.x for mark in marks if mark.x < ends[-1]), default=0.0)
     return Plot(
-        x=Axis(min((mark.x for mark in marks if mark.x < ends[-1]), default=0.0), ends[-1]),
+        x=Axis(begin, ends[-1] + _NAME_MARGIN * (ends[-1] - begin)),
         x_ticks=tuple((end, f"{end:.3g}%") for end in ends),
         y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
-        curves=tuple(curve for _, curve in curves),
+        # The winner comes last, because later curves are drawn over earlier ones.
+        curves=tuple(reversed(curves)),
         marks=_in_order(marks),
         has_all_marks=True,
         legend=(
