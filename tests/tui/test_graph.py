@@ -104,7 +104,11 @@ def test_a_short_run_has_no_half_steps(steps: int, labels: list[str]) -> None:
 def test_the_axis_of_steps_ends_just_after_the_last_step() -> None:
     ends = [so_far(done, 3000).high for done in (3, 11, 140, 1240, 1499, 1500, 1990, 3000, 3001)]
     assert ends == [10, 11, 140, 1250, 1500, 1500, 2000, 3000, 3100]
-    assert so_far(1240, 3000, start=900) == Axis(900, 1240)
+    assert so_far(1240, 3000, start=900) == Axis(900, 1240, named=1240)
+    curve = Curve(Envelope.of_points([0.0, 1240.0], [2.0, 1.0]), "", "red")
+    for done, end in ((1240, "1,000     step 1,240"), (1210, "step 1,210"), (3, "8               10")):
+        foot = plot(Plot(so_far(done, 3000, "step"), Axis(1, 2), (curve,)), 90, 9)[-1].plain
+        assert foot.endswith(end) and f"step {done:,}" in foot
 
 
 def test_nan_is_marked_at_the_bottom_without_a_line() -> None:

@@ -55,6 +55,7 @@ def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
             if key == "\x1b":
                 # What is behind a dialog is in view before the dialog closes.
                 wait_until_gone(terminal, "Enter open")
+        assert "▌".encode() not in terminal.painted, "a bar whose only meaning is its color"
         sent = re.findall(rb"\x1b\[([\d;]*)m", terminal.painted)
         assert {code for codes in sent for code in codes.decode().split(";")} <= ATTRIBUTES
 

@@ -56,6 +56,14 @@ def figure_line(figures: Iterable[Figure]) -> Content:
     return Content(" " * _GAP).join(lines)
 
 
+def fact(label: str, value: str, unit: str = "") -> Content:
+    """Return a value between a dim label and a dim unit, such as ``epoch 0.83 of 2`` or ``13 min in steps``.
+    An empty label or unit is left out.
+    """
+    parts = (Content.styled(label, "dim"), Content(value), Content.styled(unit, "dim"))
+    return Content(" ").join(filter(None, parts))
+
+
 def large_figures(figures: Iterable[Figure]) -> list[Content]:
     """Return the figures side by side in three lines. Numbers are in digits that are three lines high. Units
     and labels are in the last line.

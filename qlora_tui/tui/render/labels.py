@@ -414,7 +414,7 @@ def verdict_content(verdict: RunVerdict) -> Content:
 
 def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
     """Return ``▌`` in the color that :func:`result_label` gives the run, for the left edge of lines that also
-    name the run's state or defect.
+    name the run's state or defect. Without colors, it would say nothing, so do not draw it then.
     """
     return Content.styled("▌", result_label(status, defect)[2])
 

@@ -39,6 +39,8 @@ RISE = "▲"
 """Beginning of the bar for a validation loss that rose."""
 _LEAST_WITH_OTHERS = 2
 """If there are at most this many lines for evaluations, no line says how many evaluations are left out."""
+_OUTLIER = 2
+"""Minimum ratio of the first change of a validation loss to each later change at which its bar is clipped."""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
@@ -327,7 +329,7 @@ def shapes_of_loss(summaries: Sequence[RunSummary], cells: int) -> dict[str, str
 
 def _change_bar(part: float, width: int) -> str:
     """Return the bar of a change, at most ``width`` cells. ``part``: the change as a fraction of a full
-    bar, negative for a fall.
+    bar, negative for a fall. The bar of a change that exceeds a full bar is clipped.
     """
     drawn = bar(max(abs(part), 0.5 / max(1, width)), width, has_track=False).rstrip()
     return RISE + drawn[1:] if part > 0 else drawn
@@ -341,10 +343,11 @@ def validation_lines(
     the newest and the best are shown. With at least three lines for evaluations, the last one then has the
     number of the others and, if the first evaluation is not shown, its loss.
 
-    The longest bar stands for the largest change in the lines that are shown, not for the largest of all: the
-    first fall is often ten times as large as the others, whose bars would all look alike. It stands for a
-    notable rise at least, so that tiny changes have tiny bars. The bar of a rise begins with ``▲``, so that
-    it can be distinguished from the bar of a fall even without color.
+    A full bar stands for the largest change in the lines that are shown. If the first change of the run is
+    more than :data:`_OUTLIER` times as large as the others, it is not counted, since the bars of the others
+    would all look alike; its bar is then clipped (``CLIPPED``). A full bar stands for a notable rise at
+    least, so that tiny changes have tiny bars. The bar of a rise begins with ``▲``, so that it can be
+    distinguished from the bar of a fall even without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
@@ -362,9 +365,11 @@ def validation_lines(
         newest = [number for number in reversed(shown) if number not in best]
         most_shown = rows - (rows > _LEAST_WITH_OTHERS)
         shown = sorted([*best, *newest][: max(1, most_shown)])
-    sizes = [abs(changes[number]) for number in shown if math.isfinite(changes[number])]
+    sizes = {number: abs(changes[number]) for number in shown if math.isfinite(changes[number])}
+    initial, others = sizes.pop(1, 0.0), max(sizes.values(), default=0.0)
     level = max((abs(losses[number]) for number in shown if math.isfinite(losses[number])), default=0.0)
-    most = max([NOTABLE_RISE * level, *sizes])
+    is_outlier = others and initial > _OUTLIER * others
+    most = max(NOTABLE_RISE * level, others if is_outlier else max(initial, others))
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(shown):
         (step, loss, more), change = evaluations[number], changes[number]

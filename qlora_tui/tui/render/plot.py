@@ -61,6 +61,8 @@ parts.
 """
 _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
+_LABEL_GAP = 2
+"""Minimum gap between two labels of the x axis, in cells."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -75,6 +77,8 @@ class Axis:
     low: float
     high: float
     unit: str = ""
+    named: float | None = None
+    """The value whose label has the unit; ``high`` if None."""
 
     def place(self, value: float, cells: int) -> int:
         """Return the index of the cell that contains a value, if the axis is divided into ``cells`` cells.
@@ -140,7 +144,7 @@ def loss_axis(low: float, high: float) -> Axis:
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
     """Return the axis of a run's steps: from ``start``, which is at least 0, to a round number at or shortly
-    after ``done``, the last finished step.
+    after ``done``, the last finished step, whose label has the unit.
 
     The end is at most a few percent after ``done``, but at least ten steps after ``start``. Because the end
     is round, the axis does not change at every step. The axis does not extend beyond ``total``, unless
@@ -150,7 +154,7 @@ def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axi
     end = max(math.ceil(done / grain - 1e-9) * grain, start + _FEW_STEPS)
     if total >= max(done, start + 1):
         end = min(end, total)
-    return Axis(start, end, unit)
+    return Axis(start, end, unit, done)
 
 
 def tick_step(low: float, high: float, max_parts: int) -> float:
@@ -498,22 +502,24 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 
 def _foot(what: Plot, gutter: int, columns: int) -> Content:
-    """Return the line below the graph: the scale of x, with as many labels as fit. The last one, at the end
-    of the axis, has the unit: ``step 95``.
+    """Return the line below the graph: the scale of x, with as many labels as fit. If the axis has a unit,
+    the label of the value ``Axis.named`` has it: ``step 95``. This label is at the end of the axis if it is
+    then still below its value, so that it stays in place while the value grows.
     """
-    x, text = what.x, [" "] * (gutter + columns)
-    most = max(1, columns // 12)
-    last_value = f"{x.high:,.0f}" if x.unit == "step" else label(x.high, tick_step(x.low, x.high, most))
-    last = f"{x.unit} {last_value}" if x.unit else ""
-    free_from, end = gutter, gutter + columns - len(last)
-    text[end:] = last
-    for value, name in what.x_ticks or ticks(x, most):
-        start = gutter + column_of(value, x, columns) - len(name) // 2
-        start = max(gutter, min(start, gutter + columns - len(name)))
-        if start >= free_from and start + len(name) <= end - 2 * bool(last):
-            text[start : start + len(name)] = name
-            free_from = start + len(name) + 1
-    return Content.styled("".join(text), "dim")
+    x, most, text = what.x, max(1, columns // 12), " " * columns
+    named = []
+    if x.unit:
+        value = x.high if x.named is None else x.named
+        shown = f"{value:,.0f}" if x.unit == "step" else label(value, tick_step(x.low, x.high, most))
+        named.append((value, f"{x.unit} {shown}"))
+    for number, (value, name) in enumerate((*named, *(what.x_ticks or ticks(x, most)))):
+        column, rightmost = column_of(value, x, columns), max(0, columns - len(name))
+        is_at_end = number < len(named) and column >= rightmost
+        start = rightmost if is_at_end else max(0, min(column - len(name) // 2, rightmost))
+        end = start + len(name)
+        if end <= columns and not text[max(0, start - _LABEL_GAP) : end + _LABEL_GAP].strip():
+            text = f"{text[:start]}{name}{text[end:]}"
+    return Content.styled(" " * gutter + text, "dim")
 
 
 def overall(envelopes: Sequence[Envelope]) -> tuple[float, float] | None:

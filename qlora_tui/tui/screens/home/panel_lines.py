@@ -39,7 +39,7 @@ from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, BROKEN, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, hanging, table
-from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
+from qlora_tui.tui.render.figures import Figure, fact, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
     batch_words,
@@ -233,7 +233,7 @@ def run_lines(
     lines = [head]
     if status.at:
         away = "  while you were away" if while_away else ""
-        lines.append(Content.assemble((format_ago(status.at, now), "dim"), (away, "$primary")))
+        lines.append(Content.assemble(format_ago(status.at, now), (away, "$primary")))
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
     lines += _outcome_lines(summary, layout)
@@ -260,9 +260,10 @@ def _progress_lines(
     facts = []
     if summary.next_evaluation:
         is_due = summary.next_evaluation == summary.step
-        facts.append("evaluation due" if is_due else f"next evaluation at {summary.next_evaluation:,}")
+        following = fact("next evaluation at", f"{summary.next_evaluation:,}")
+        facts.append(Content("evaluation due") if is_due else following)
     if waiting:
-        facts.append(f"then {waiting[0]}")
+        facts.append(fact("then", waiting[0]))
     return Content.assemble((drawn, "$training"), f"  {steps}"), _figures(figures, facts, layout)
 
 
@@ -270,7 +271,7 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     """Return lines about a run that has ended: its best loss, the loss before training, its steps, and the
     time that they took.
     """
-    figures, facts = [], []
+    figures, facts = [], list[Content]()
     if summary.best is not None:
         loss, _ = summary.best
         figures.append(best_figure(loss, summary.loss_to_beat))
@@ -281,28 +282,28 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     elif summary.loss is not None:
         figures.append(Figure("last training loss", format_loss(summary.loss)))
     if summary.loss_to_beat is not None:
-        facts.append(f"worse than before training ({format_loss(summary.loss_to_beat)})")
+        facts.append(Content(f"worse than before training ({format_loss(summary.loss_to_beat)})"))
     if summary.step < summary.total_steps:
-        facts.append(f"step {format_progress(summary.step, summary.total_steps)}")
+        facts.append(fact("step", format_progress(summary.step, summary.total_steps)))
     if summary.seconds is not None:
-        facts.append(f"trained {format_duration(summary.seconds)}")
+        facts.append(fact("trained", format_duration(summary.seconds)))
     if summary.status.state in BROKEN:
         # The cause of the failure follows, and is more important than the loss.
         layout = replace(layout, is_large=False)
     return _figures(figures, facts, layout) if figures or facts else []
 
 
-def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
+def _figures(figures: Sequence[Figure], facts: Sequence[Content], layout: HomeLayout) -> list[Content]:
     """Return figures, and as many facts as fit. If ``layout.is_large``, the figures are in large digits
     below an empty line, with the facts in their last line.
     """
     large = large_figures(figures) if layout.is_large and figures else []
     line = large[-1] if large else figure_line(figures)
     gap = 4 if large else 3
-    while facts and line.cell_length + gap + len("  ".join(facts)) > layout.left:
+    while facts and line.cell_length + gap + Content("  ").join(facts).cell_length > layout.left:
         facts = facts[:-1]
     if facts:
-        line = Content.assemble(line, " " * gap if figures else "", ("  ".join(facts), "dim"))
+        line = Content.assemble(line, " " * gap if figures else "", Content("  ").join(facts))
     return [Content(""), *large[:-1], line] if large else [line]
 
 
@@ -389,8 +390,7 @@ def recipe_lines(
         expected: The forecast of a run; None if unknown.
         width: Width of a line, in cells.
         is_compact: Whether to use as few lines as possible. If not, each item has its own line.
-        is_quiet: Whether a run is active, which must stand out. A warning of too few steps is then dim, and
-            there are at most two compact lines.
+        is_quiet: Whether a run is active, which must stand out. There are then at most two compact lines.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -412,7 +412,7 @@ def recipe_lines(
         parts = list(memory)
         if expected is not None:
             duration, note = _time_words(expected)
-            parts += _shortage(expected, width, is_quiet)
+            parts += _shortage(expected, width)
             known = (duration if expected.duration else "", note)
             parts.append(Content.styled("   ".join(filter(None, known)), "dim"))
         # The panel's title names the preset.
@@ -431,7 +431,7 @@ def recipe_lines(
     ]
     lines = [line for row in rows for line in _with_note(*row, width)]
     if expected is not None:
-        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width, is_quiet)]
+        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width)]
     return [*lines, *memory]
 
 
@@ -511,18 +511,18 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
     return expected.duration or "unknown: no run here yet", ", ".join(filter(None, (steps, source)))
 
 
-def _shortage(expected: Forecast, width: int, is_quiet: bool) -> list[Content]:
-    """Return a warning if the run has too few steps to learn much; no lines if it has enough. If there is
-    room, the warning names the screen that fixes it. ``is_quiet``: whether the warning is dim, and alone.
+def _shortage(expected: Forecast, width: int) -> list[Content]:
+    """Return a warning if the run has too few steps to learn much, with the key of the screen that fixes
+    this; no lines if it has enough.
     """
-    words, style = expected.length.shortage, "dim" if is_quiet else "$warning"
+    words = expected.length.shortage
     if not words:
         return []
-    lines = hanging(Content.styled("! ", style), Content.styled(words, style), width)
+    lines = hanging(Content.styled("! ", "$warning"), Content.styled(words, "$warning"), width)
     fix = Content(" ▸ ") + highlight_keys(f"{key_name('go.train')} fix")
-    if not is_quiet and lines[-1].cell_length + fix.cell_length <= width:
-        lines[-1] += fix
-    return lines
+    if lines[-1].cell_length + fix.cell_length <= width:
+        return [*lines[:-1], lines[-1] + fix]
+    return [*lines, " " + fix]
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:

@@ -41,12 +41,13 @@ from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Ste
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.main_settings import MainSetting, setting_words
 from qlora_tui.runs.run_summary import WORSE, RunSummary
-from qlora_tui.runs.status import ACTIVE, BROKEN, RESUMABLE
+from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.columns import Column, cut_sentence, table
 from qlora_tui.tui.render.labels import (
+    BEST,
     SIGNS,
     format_ago,
     recipe_facts,
@@ -81,14 +82,17 @@ def when(summary: RunSummary, now: float) -> str:
     return time.strftime(form, time.localtime(at))
 
 
-def best_loss(summary: RunSummary) -> str:
-    """Return the best validation loss, such as ``2.78``. If there was no validation, return the last training
-    loss, such as ``2.63*``; if there is no loss, an empty text.
+def best_loss(summary: RunSummary, lowest: Collection[str]) -> Content:
+    """Return the best validation loss, such as ``2.780★`` for the runs in ``lowest``. If there was no
+    validation, return the last training loss, such as ``2.630*``; if there is no loss, an empty text. The
+    last character is the mark or a space, so that the numbers are below each other.
     """
-    loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
+    loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], " ")
     if loss is None:
-        return ""
-    return f"{format_loss(loss)}{mark}"
+        return Content()
+    if summary.id in lowest:
+        return Content.styled(f"{format_loss(loss)}{BEST}", "$validation bold")
+    return Content(f"{format_loss(loss)}{mark}")
 
 
 _MIN_REASON, _MIN_SHORT_REASON = 28, 17
@@ -128,8 +132,7 @@ def reason(summary: RunSummary) -> Content:
     state = "Waiting " if summary.status.state == "queued" else f"{capitalize(summary.status.state)} "
     if text.startswith(state):
         text = text.removeprefix(state).rstrip(".")
-    is_broken = summary.status.state in BROKEN
-    return Content.styled("" if text == ALL_STEPS_DONE else text, "" if is_broken else "dim")
+    return Content("" if text == ALL_STEPS_DONE else text)
 
 
 def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
@@ -164,9 +167,6 @@ def _columns(rows: Sequence[RunSummary], width: int) -> tuple[Column[RunSummary]
     """
     changes, shapes, lowest = changes_of_loss(rows), shapes_of_loss(rows, _SHAPE_WIDTH), lowest_losses(rows)
 
-    def best(row: RunSummary) -> Content:
-        return Content.styled(best_loss(row), "$validation bold" if row.id in lowest else "")
-
     return (
         Column(title="queued", text=lambda s: when(s, clock.now()), right=True, gap=0),
         Column(title="run", text=lambda s: s.name, shrinks=True, min_width=16, shorter=short_name),
@@ -187,7 +187,7 @@ def _columns(rows: Sequence[RunSummary], width: int) -> tuple[Column[RunSummary]
             dropped=1,
             shown_if_empty=False,
         ),
-        Column(title="★ val", text=best, max_width=_LOSS_WIDTH, right=True),
+        Column(title="★ val ", text=partial(best_loss, lowest=lowest), max_width=_LOSS_WIDTH, right=True),
         Column(
             title="exact",
             text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
@@ -353,7 +353,8 @@ class RunTable(LineView):
             # All queued runs have the same symbol and color. The reason says what a run waits for.
             sign, style = SIGNS["queued"]
             word = f"queue {self._waiting.index(row.id) + 1}"
-        return Content.assemble(("▌", style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
+        bar = " " if self.app.no_color else "▌"
+        return Content.assemble((bar, style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
 
 _LABEL = 10
@@ -458,9 +459,7 @@ def ending(summary: RunSummary, files: RunFiles | None, *, beside_verdict: bool 
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)
-    detail = Content.styled(text, "" if summary.failure else "dim").stylize(
-        "bold $error", 0, len(summary.failure)
-    )
+    detail = Content(text).stylize("bold $error", 0, len(summary.failure))
     is_said = beside_verdict and summary.verdict is not None
     wrong = (
         summary.defect.sentence if summary.defect and not (is_said and summary.defect.word == WORSE) else ""

@@ -142,7 +142,8 @@ class LivePane(Vertical):
         panel.show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
         panel.show_keys((*_RUN_KEYS, _LEAVE) if snapshot.status.state in ACTIVE else _RUN_KEYS)
         self.query_one("#run-header").set_class(bool(key_figures(snapshot)), "-large")
-        self._draw("run-header", partial(header_lines, snapshot, clock.now()))
+        has_bar = not self.app.no_color
+        self._draw("run-header", partial(header_lines, snapshot, clock.now(), has_bar=has_bar))
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)
         if not box.content_size.width:  # hidden so far: without a text, it would have no rows to be laid out
             box.show(outcome or Content(""))

@@ -37,7 +37,7 @@ from qlora_tui.runs.run_summary import find_defect, last_evaluation, next_evalua
 from qlora_tui.runs.status import ACTIVE, BROKEN, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
+from qlora_tui.tui.render.figures import Figure, fact, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
     batch_words,
@@ -89,14 +89,17 @@ _MUCH_OF_CPU = 0.4
 _row = partial(labeled, cells=_LABEL)
 
 
-def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Return the header: two lines, or three with large figures. ``now``: Unix time.
+def header_lines(
+    snapshot: RunSnapshot, now: float, width: int, height: int, *, has_bar: bool = True
+) -> list[Content]:
+    """Return the header: two lines, or three with large figures. ``now``: Unix time. ``has_bar``: whether the
+    header has the bar :func:`.state_bar` at its left edge.
 
     The first line has state and progress; the second has key figures and other facts. If ``height`` is at
     least three and figures are known, the figures are large, with the state, the progress and the facts to
     their right. An empty line comes first if there is room.
     """
-    edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
+    edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " " if has_bar else Content()
     lines = [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
     return [Content(""), *lines] if height > len(lines) == _LARGE_ROWS else lines
 
@@ -128,22 +131,19 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
     return Content.assemble(first, "  ", (drawn, style), progress)
 
 
-def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
+def fitted(texts: Sequence[Content], width: int, rows: int) -> list[Content]:
     """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order. A text that does not
     fit is left out.
-
-    Keys in the texts are colored.
     """
-    lines = [""]
+    lines = [Content()]
     for text in texts:
-        piece = f"  {text}" if lines[-1] else text
-        if len(lines[-1]) + len(piece) > width and len(lines) < rows:
-            lines.append("")
+        piece = "  " + text if lines[-1] else text
+        if lines[-1].cell_length + piece.cell_length > width and len(lines) < rows:
+            lines.append(Content())
             piece = text
-        if len(lines[-1]) + len(piece) <= width:
+        if lines[-1].cell_length + piece.cell_length <= width:
             lines[-1] += piece
-    lines += [""] * (rows - len(lines))
-    return [highlight_keys(line, "dim") for line in lines]
+    return [*lines, *[Content()] * (rows - len(lines))]
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
@@ -175,7 +175,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
     if count := count_warnings(snapshot):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
-        parts.append((f"  attempt {view.attempt}", "dim"))
+        parts += ["  ", fact("attempt", str(view.attempt))]
     if status.state in ACTIVE and (ending := _ENDINGS.get(snapshot.ending_request)):
         when = ending[1] if view.phase == "training" else ""
         parts.append((f"  {ending[0]}{when}", "bold $warning"))
@@ -215,69 +215,66 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
     return facts
 
 
-def facts(snapshot: RunSnapshot, now: float) -> list[str]:
+def facts(snapshot: RunSnapshot, now: float) -> list[Content]:
     """Return further facts, most important first. The header drops what does not fit. ``now``: Unix time."""
     state = snapshot.status.state
     if state == "queued" and snapshot.status.hold is None:
-        return ["waiting in the queue"]
+        return [Content("waiting in the queue")]
     if state == "queued":
         done_at = done_at_words(snapshot.seconds_left)
-        return ["continues by itself", *([f"done {done_at}"] if done_at else [])]
+        return [Content("continues by itself"), *([fact("done", done_at)] if done_at else [])]
     if state in ACTIVE:
         return _active_facts(snapshot, now)
     return _ended_facts(snapshot, now)
 
 
-def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
+def _active_facts(snapshot: RunSnapshot, now: float) -> list[Content]:
     view = snapshot.view
-    facts = [within] if (within := step_progress(snapshot)) else []
+    facts = [fact("this step", within)] if (within := step_progress(snapshot)) else []
     if snapshot.step and view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
-        facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
+        facts.append(fact("epoch", f"{_epochs(snapshot.epoch)} of {_epochs(all_epochs)}"))
     if view.started_at is not None:
-        facts.append(_time_so_far(snapshot, max(0.0, now - view.started_at)))
+        facts += _times_so_far(snapshot, max(0.0, now - view.started_at))
     if snapshot.fix is not None:
-        facts.append(fix_text(snapshot))
-    if checkpoints := _checkpoints(snapshot):
-        facts.append(checkpoints)
+        facts.append(highlight_keys(fix_text(snapshot)))
+    if view.checkpoints:
+        facts.append(_checkpoints(snapshot))
     if following := next_evaluation(snapshot.recipe, view.data, snapshot.step, last_evaluation(view)):
-        facts.append(f"next evaluation at {following:,}")
+        facts.append(fact("next evaluation at", f"{following:,}"))
     if snapshot.energy_kwh is not None:
-        facts.append(energy_words(snapshot.energy_kwh))
-    return facts or ["starting"]
+        facts.append(Content(energy_words(snapshot.energy_kwh)))
+    return facts or [Content("starting")]
 
 
-def _checkpoints(snapshot: RunSnapshot) -> str:
-    """Return the steps of the best and the newest checkpoint, such as ``checkpoints 60 ★, 70``; empty if
-    there are no checkpoints.
-    """
-    if not snapshot.view.checkpoints:
-        return ""
+def _checkpoints(snapshot: RunSnapshot) -> Content:
+    """Return the steps of the best and the newest checkpoint, such as ``checkpoints 60 ★, 70``."""
     newest = snapshot.view.checkpoints[-1].step
     if snapshot.best is None or not snapshot.is_best_saved:
-        return f"checkpoint {newest:,}"
+        return fact("checkpoint", f"{newest:,}")
     best = f"{snapshot.best.step:,} {BEST}"
-    return f"checkpoint {best}" if snapshot.best.step == newest else f"checkpoints {best}, {newest:,}"
+    if snapshot.best.step == newest:
+        return fact("checkpoint", best)
+    return fact("checkpoints", f"{best}, {newest:,}")
 
 
-def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
-    """Return the time since the start and the total time of the steps, such as ``running 21 min, 13 min in
-    steps``. If the two cannot be compared, only the time of the steps is included.
+def _times_so_far(snapshot: RunSnapshot, since_start: float) -> list[Content]:
+    """Return the time since the start and the total time of the steps, such as ``running 21 min`` and
+    ``13 min in steps``. If the two cannot be compared, only the time of the steps is included.
     """
-    trained = snapshot.seconds_trained
+    trained, running = snapshot.seconds_trained, fact("running", format_duration(since_start))
     if not trained:
-        return f"running {format_duration(since_start)}"
+        return [running]
+    in_steps = fact("", format_duration(trained), "in steps")
     # The time in steps includes earlier attempts, while ``since_start`` counts from the start of the last
     # attempt. Also, the system clock may have been changed.
     is_comparable = snapshot.view.attempt == 1 and trained <= since_start
-    if not is_comparable:
-        return f"{format_duration(trained)} in steps"
-    return f"running {format_duration(since_start)}, {format_duration(trained)} in steps"
+    return [running, in_steps] if is_comparable else [in_steps]
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """Return the progress within a long step, in micro-batches: ``this step ▄▄▄▁▁▁▁▁ 3 of 8``. The text is
-    empty in short steps, in steps with one micro-batch, and in any phase except training.
+    """Return the progress within a long step, in micro-batches: ``▄▄▄▁▁▁▁▁ 3 of 8``. The text is empty in
+    short steps, in steps with one micro-batch, and in any phase except training.
     """
     status = snapshot.status
     if snapshot.view.phase != "training" or status.micro_batches < 2:
@@ -285,48 +282,49 @@ def step_progress(snapshot: RunSnapshot) -> str:
     if snapshot.seconds_per_step is not None and snapshot.seconds_per_step < _LONG_STEP_S:
         return ""
     done = bar(status.micro_batch / status.micro_batches, _STEP_BAR)
-    return f"this step {done} {format_progress(status.micro_batch, status.micro_batches)}"
+    return f"{done} {format_progress(status.micro_batch, status.micro_batches)}"
 
 
 def _epochs(count: float) -> str:
     return format_float(count, 3 if count >= 1 else 2)
 
 
-def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    view, status = snapshot.view, snapshot.status
-    is_broken = status.state in BROKEN
+def _ended_facts(snapshot: RunSnapshot, now: float) -> list[Content]:
+    view, status, best = snapshot.view, snapshot.status, snapshot.best
     facts = []
-    if snapshot.best is not None:
-        loss = f"{best_word(view.loss_to_beat)} validation loss {format_loss(snapshot.best.loss)} "
-        facts.append(f"{loss if is_broken else ''}at step {snapshot.best.step:,}{_last_words(snapshot)}")
+    if best is not None:
+        facts.append(fact("at step", f"{best.step:,}"))
+        if status.state in BROKEN:
+            facts.insert(0, fact(f"{best_word(view.loss_to_beat)} validation loss", format_loss(best.loss)))
+        facts += _last_loss(snapshot)
     elif snapshot.loss is not None:
-        facts.append(f"last loss {format_loss(snapshot.loss)}, not validated")
+        facts.append(fact("last loss", f"{format_loss(snapshot.loss)}, not validated"))
     if status.at:
-        ended = "paused" if status.state == "paused" else "ended"
+        ended = fact("paused" if status.state == "paused" else "ended", format_ago(status.at, now))
         # The time of a failure comes before what the run reached.
-        facts.insert(0 if is_broken else 1, f"{ended} {format_ago(status.at, now)}")
-    if snapshot.best is not None and snapshot.verdict is None and view.loss_before_training is not None:
+        facts = [ended, *facts] if status.state in BROKEN else [*facts, ended]
+    if best is not None and snapshot.verdict is None and view.loss_before_training is not None:
         # The verdict also gives the loss before training.
-        facts.append(f"{format_loss(view.loss_before_training)} before training")
+        facts.append(fact("", format_loss(view.loss_before_training), "before training"))
     if isinstance(view.ending, Finished):
-        facts.append(f"trained {format_duration(view.ending.seconds)}")
+        facts.append(fact("trained", format_duration(view.ending.seconds)))
         if view.ending.tokens_per_s:
-            facts.append(f"mean {format_speed(view.ending.tokens_per_s)} tok/s")
+            facts.append(fact("mean", f"{format_speed(view.ending.tokens_per_s)} tok/s"))
         if energy := format_energy(view.ending):
-            facts.append(energy)
+            facts.append(Content(energy))
     if view.run.adapter_dir.is_dir():
-        facts.append(f"adapter {format_path(view.run.adapter_dir)}")
+        facts.append(fact("adapter", format_path(view.run.adapter_dir)))
     return facts
 
 
-def _last_words(snapshot: RunSnapshot) -> str:
-    """Return the last validation loss, such as ``, last 2.915``, if the verdict is based on mean losses and
-    the last loss is not the best; otherwise, an empty text.
+def _last_loss(snapshot: RunSnapshot) -> list[Content]:
+    """Return the last validation loss, such as ``last 2.915``, if the verdict is based on mean losses and
+    the last loss is not the best; otherwise, an empty list.
     """
     last = snapshot.view.trained_evaluation
     if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None:
-        return ""
-    return "" if last == snapshot.best else f", last {format_loss(last.loss)}"
+        return []
+    return [] if last == snapshot.best else [fact("last", format_loss(last.loss))]
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
