@@ -45,6 +45,8 @@ _TOTAL = BarPart("total", "█", "$primary", 60, frozenset())
 _ALL_PARTS, _ONE_PART = " all parts together ", " one part in a cell "
 _TWO_PARTS = " at most two parts in a cell "
 """Notes on the colors and textures of the graph."""
+_FREE = " ─╎"
+"""Characters that a label or a note may replace: an empty cell, the limit, and the line between phases."""
 _MIN_PEAK_ROWS = 8
 """Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
 contain several parts, but it can have only two colors.
@@ -112,15 +114,15 @@ def timeline_lines(
         text = labels.get(row, "")
         edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
         cells = [_cell(column, row, row_bytes, limit_bytes, sums, even) for column in columns]
+        for place in starts:
+            if cells[place][0] == " " and (limit_row is None or row < limit_row):
+                cells[place] = ("╎", "dim")
         if row == limit_row:
             _draw_limit(cells, limit_bytes)
         if row == int(peak / row_bytes + 0.5 - _LEAST_FILLED) + 1:
             _draw_peak(cells, peak_column, peak)
         if row == rows:
             _draw_note(cells, note)
-        for place in starts:
-            if cells[place][0] == " " and (limit_row is None or row < limit_row):
-                cells[place] = ("╎", "dim")
         lines.append(edge + join_cells(cells))
     return [*lines, _foot(columns, labels[0], gutter, columns[peak_column].phase)]
 
@@ -278,14 +280,14 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
     if start + len(text) > len(cells):
         text = f" peak {format_bytes(peak)} ▾"
         start = max(0, column + 1 - len(text))
-    if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
+    if all(glyph in _FREE for glyph, _ in cells[start : start + len(text)]):
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]
 
 
 def _draw_note(cells: list[tuple[str, str]], text: str) -> None:
-    """Write what the colors mean at the right end of a row if its cells are empty or have only the limit."""
+    """Write what the colors mean at the right end of a row if no memory is drawn there."""
     room = slice(len(cells) - len(text) - 1, len(cells) - 1)
-    if room.start > 0 and all(glyph in " ─" for glyph, _ in cells[room]):
+    if room.start > 0 and all(glyph in _FREE for glyph, _ in cells[room]):
         cells[room] = [(letter, "dim") for letter in text]
 
 
