@@ -13,9 +13,11 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import first_event
 from qlora_tui.runs.events import DataReady
 from qlora_tui.runs.exports import read_exports
+from qlora_tui.runs.result_weights import better_checkpoint
 
 if TYPE_CHECKING:
     from qlora_tui.memory import Device
+    from qlora_tui.runs.run_summary import RunSummary
 
 _CONFIG = "adapter_config.json"
 
@@ -57,6 +59,27 @@ def checkpoint_step(adapter_name: str) -> int | None:
     """Return the step of a checkpoint's adapter name; None for another adapter."""
     step = adapter_name.removeprefix(checkpoint_name(0)[:-1])
     return int(step) if step != adapter_name and step.isdecimal() else None
+
+
+def _checkpoint_steps(source: ChatSource) -> list[int]:
+    return [step for name in source.adapters if (step := checkpoint_step(name)) is not None]
+
+
+def adapter_label(adapter_name: str) -> str:
+    """Return an adapter's name as the app shows it: ``step 1,200`` for a checkpoint."""
+    step = checkpoint_step(adapter_name)
+    return adapter_name if step is None else f"step {step:,}"
+
+
+def proposed_adapter(source: ChatSource, summary: RunSummary) -> str:
+    """Return the name of the adapter that the app proposes for a run: a saved checkpoint that is notably
+    better than the last weights; without one, the final adapter, the newest checkpoint or an exported GGUF
+    file, whichever there is first, or else the base model. ``summary``: summary of the run.
+    """
+    better = better_checkpoint(summary, _checkpoint_steps(source))
+    if better is not None:
+        return checkpoint_name(better)
+    return next(iter((*source.adapters, *source.gguf_files)), BASE)
 
 
 def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:

@@ -14,6 +14,7 @@ from qlora_tui.cli.subcommand import (
     ProgressLine,
     Subcommand,
     add_run_argument,
+    better_weights,
     positive_int,
     whole_number,
 )
@@ -44,6 +45,8 @@ def run_chat(args: argparse.Namespace) -> CommandResult | int:
     from qlora_tui.chat.chat_types import GREEDY, Sampling
     from qlora_tui.chat.repl import generate_once, run_repl
 
+    if args.checkpoint is None and not args.base and (note := better_weights(chosen, "chat with")):
+        print(note, file=sys.stderr)
     sampling = GREEDY if args.greedy else Sampling(seed=args.seed)
     who: dict[str, Any] = {"base": args.base, "checkpoint": args.checkpoint, "thinking": args.thinking}
     if args.prompt is None:

@@ -26,6 +26,7 @@ from qlora_tui.cli.subcommand import (
     add_gpu_argument,
     add_json_argument,
     add_run_argument,
+    better_weights,
     input_path,
     positive_float,
     positive_int,
@@ -36,15 +37,13 @@ from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_ro
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.export.jobs import FILES, write_job
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
-from qlora_tui.formatting import align_columns, format_loss
+from qlora_tui.formatting import align_columns
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.exported import ExportedRecipe, export_recipe
 from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import RunDir, find_run
-from qlora_tui.runs.result_weights import better_checkpoint
-from qlora_tui.runs.run_summary import summarize
+from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     run = find_run(args.run_id)
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
-    for note in (leave_gpu_to_runs(), "" if args.checkpoint else better_weights(run)):
+    for note in (leave_gpu_to_runs(), "" if args.checkpoint else better_weights(run, "export")):
         if note:
             print(note, file=sys.stderr)
     configure_torch_env()
@@ -84,19 +83,6 @@ def run(args: argparse.Namespace) -> CommandResult:
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
-
-
-def better_weights(run: RunDir) -> str:
-    """Return a hint if the last weights are notably worse than those of a checkpoint; otherwise empty."""
-    summary = summarize(run)
-    step = better_checkpoint(summary)
-    if step is None or summary.best is None:
-        return ""
-    return (
-        f"The validation loss is {format_loss(summary.best[0])} at step {step:,}, and "
-        f"{format_loss(summary.evaluations[-1][1])} at the end. To export step {step:,} instead: "
-        f"--checkpoint {step}"
-    )
 
 
 def _run_recipe(args: argparse.Namespace) -> CommandResult:

@@ -19,12 +19,19 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import msgspec
 
-from qlora_tui.formatting import align_columns, format_duration, format_progress, truncate_middle
+from qlora_tui.formatting import (
+    align_columns,
+    format_duration,
+    format_loss,
+    format_progress,
+    truncate_middle,
+)
 from qlora_tui.visible import visible, visible_in_json
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture
     from qlora_tui.recipe.schema import Recipe
+    from qlora_tui.runs.directory import RunDir
     from qlora_tui.runs.doctor import Check
 
 JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
@@ -123,6 +130,26 @@ def add_gpu_argument(parser: argparse.ArgumentParser) -> None:
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument ``RUN``."""
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")
+
+
+def better_weights(run: RunDir, verb: str) -> str:
+    """Return a hint if the last weights are notably worse than those of a checkpoint; otherwise empty.
+
+    ``verb``: what the command does with the weights, such as ``export``.
+    """
+    # Imported here, because light commands load this module and do not need these imports.
+    from qlora_tui.runs.result_weights import better_checkpoint
+    from qlora_tui.runs.run_summary import summarize
+
+    summary = summarize(run)
+    step = better_checkpoint(summary, dict(run.checkpoints()))
+    if step is None or summary.best is None:
+        return ""
+    return (
+        f"The validation loss is {format_loss(summary.best[0])} at step {step:,}, and "
+        f"{format_loss(summary.evaluations[-1][1])} at the end. To {verb} step {step:,} instead: "
+        f"--checkpoint {step}"
+    )
 
 
 def input_path(text: str) -> str:

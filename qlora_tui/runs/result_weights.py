@@ -38,13 +38,14 @@ def better_step(
     return best[1] if best[1] in saved else None
 
 
-def better_checkpoint(summary: RunSummary) -> int | None:
-    """Return the step of a saved checkpoint that is notably better than the final adapter; None if there is
-    none. The adapter of a run that ended early is not compared, because it may be from the best step.
+def better_checkpoint(summary: RunSummary, saved: Collection[int]) -> int | None:
+    """Return the step of a saved checkpoint that is notably better than the last weights; None if there is
+    none. Chat and Export propose this checkpoint instead of the final adapter. The adapter of a run that
+    ended early is not compared, because it may be from the best step.
+
+    ``saved``: steps of the saved checkpoints.
     """
-    if summary.ended_early:
-        return None
-    return better_step(summary.best, summary.evaluations, dict(summary.run.checkpoints()))
+    return None if summary.ended_early else better_step(summary.best, summary.evaluations, saved)
 
 
 def weights_words(step: int, *, last: int, total: int, best: int | None) -> str:

@@ -61,13 +61,13 @@ def ask_prompt(screen: ChatScreen) -> list[str]:
     return list(screen.conversation.pair.active)
 
 
-def test_voices_pair_off_split_switch_and_change() -> None:
-    pair = AdapterPair.of((BASE, ADAPTER, "step-20", "step-10"))
+def test_pairs_of_adapters_switch_and_change() -> None:
+    pair = AdapterPair.of((BASE, ADAPTER, "step-20", "step-10"), ADAPTER)
     assert pair.active == (BASE, ADAPTER)
-    assert pair.split().active == (ADAPTER,)
-    assert pair.switched().active == (ADAPTER,)
-    assert pair.switched().switched().active == (BASE,)
-    assert pair.switched().split().active == (BASE, ADAPTER)
+    assert pair.next_answers().active == (ADAPTER,)
+    assert pair.next_answers().next_answers().active == (BASE,)
+    assert pair.next_answers().next_answers().next_answers() == pair
+    assert AdapterPair.of((BASE,)).next_answers().active == (BASE,)
     assert pair.next("right").active == (BASE, "step-20")
     assert pair.next("left").active == ("step-20", ADAPTER)
     assert pair.next("left").next("right").active == ("step-20", "step-10")
@@ -86,25 +86,24 @@ def test_the_transcript_has_the_answers_and_the_sampling(set_clock: Callable[[fl
 
 
 async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
-    finished(ADAPTER, "step-800", "step-400")
+    finished(ADAPTER, "step-800", "step-640", "step-400")
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(
-            pilot,
-            "qwen2.5-7b-tickets",
-            "not loaded yet",
-            "Enter asks the selected message  i writes a message",
-        )
+        # The first adapter has the weights that Export proposes.
+        at_first = ("● base  ● step 640 (best)  not loaded yet", "weights  step 640 (best)")
+        text = await wait_for_text(pilot, *at_first, "a Answers: both  m Model", "[i] Type a message")
+        assert "esc" not in text.splitlines()[-1]
         screen = chat_of(app)
         assert not isinstance(screen.focused, PromptBox), "digits go to other screens"
+        assert ask_prompt(screen) == [BASE, "step-640"]
         await pilot.press("ctrl+t")
-        assert ask_prompt(screen) == [ADAPTER]
-        await pilot.press("escape", "v", "s")
-        assert ask_prompt(screen) == [BASE, "step-800"]
+        assert ask_prompt(screen) == ["step-640"]
+        await wait_for_text(pilot, "○ base  ● step 640 (best)", "a Answers: step 640")
+        await pilot.press("v", "v", "a", "a")
+        assert ask_prompt(screen) == [BASE, ADAPTER]
+        await wait_for_text(pilot, "● base  ● adapter", "weights  step 1,200 (last)")
         await pilot.press("V")
-        assert ask_prompt(screen) == [ADAPTER, "step-800"]
-        text = await wait_for_text(pilot, "One answer", "m Model")
-        assert "esc" not in text.splitlines()[-1]
+        assert ask_prompt(screen) == ["step-800", ADAPTER]
 
 
 async def test_another_run_or_the_bare_model_can_be_chosen() -> None:
@@ -130,7 +129,7 @@ async def test_a_deleted_run_gives_way_to_the_next_or_none() -> None:
     app = open_on("chat")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, newest.id, "not loaded yet")
-        for run, then in ((newest, ("older-run", "step-9")), (older, ("Nothing to chat with yet.",))):
+        for run, then in ((newest, ("older-run", "step 9")), (older, ("Nothing to chat with yet.",))):
             await pilot.press("6")
             shutil.rmtree(run.path)
             await pilot.press("7")
@@ -246,14 +245,13 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         screen.show_header()
         await wait_for_text(pilot, "❯ one")
 
-        # Turns end above the field. Their end stays in view, after a resize too, unless the user scrolls.
+        # Turns begin at the top. Their end stays in view, after a resize too, unless the user scrolls.
         assert field.region.bottom == screen.size.height - 1
         starters = screen.query_one(Starters)
-        await wait_until(pilot, lambda: turn.region.bottom == starters.region.y)
-        assert turn.region.y - chat.region.y > 4
+        await wait_until(pilot, lambda: turn.region.bottom == starters.region.y < 12)
         long = ChatTurn("three\n" * 40, (BASE,))
         await chat.mount(long)
-        await wait_until(pilot, lambda: 0 < chat.scroll_y == chat.max_scroll_y)
+        await wait_until(pilot, lambda: 0 < chat.scroll_y == chat.max_scroll_y and chat.size.height > 12)
         await pilot.resize_terminal(90, 24)
         await wait_until(pilot, lambda: long.region.bottom == starters.region.y)
         scrolled = chat.scroll_y - 6
@@ -292,7 +290,7 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         # Prompts that were not asked are below the answers, and Enter asks the first. Default settings have
         # no row.
         starters = screen.query_one(Starters)
-        await wait_for_text(pilot, "Suggested messages", "▸ What is red?", "▸ How do I boil an egg?")
+        await wait_for_text(pilot, "Suggested messages", "  What is red?", "  How do I boil an egg?")
         assert starters.region.y == screen.conversation.region.bottom
         assert screen.conversation.turns[-1].region.bottom == starters.region.y
         assert "temp 0.7" not in text_of(app)

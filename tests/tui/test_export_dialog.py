@@ -11,7 +11,7 @@ import pytest
 from textual.pilot import Pilot
 
 from qlora_tui.catalog.adapters import WEIGHTS
-from qlora_tui.cli.export import better_weights
+from qlora_tui.cli.subcommand import better_weights
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
@@ -248,11 +248,11 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
         summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
     )
     assert "(the adapter is from the best step, 640)" in weights_line(early, None).plain
-    assert better_checkpoint(summary) is None, "the checkpoint of step 640 is gone"
+    assert better_checkpoint(summary, ()) is None, "the checkpoint of step 640 is gone"
+    assert better_checkpoint(summary, (640,)) == 640 and better_checkpoint(early, (640,)) is None
     save_checkpoints(run, 640)
-    assert better_checkpoint(summary) == 640 and better_checkpoint(early) is None
-    monkeypatch.setattr("qlora_tui.cli.export.summarize", lambda run: summary)
-    assert better_weights(run) == (
+    monkeypatch.setattr("qlora_tui.runs.run_summary.summarize", lambda run: summary)
+    assert better_weights(run, "export") == (
         "The validation loss is 1.287 at step 640, and 1.342 at the end. To export step 640 instead: "
         "--checkpoint 640"
     )

@@ -405,7 +405,7 @@ def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_c
 def test_the_keys_of_chat_and_export_name_the_step_of_the_weights() -> None:
     for steps, says in (
         (60, "[c] chat, [e] export step 60 (last)"),
-        (3000, "[c] chat with step 3,000  [e] export step 1,400 (best)"),
+        (3000, "[c] chat, [e] export step 1,400 (best)"),
     ):
         run = write_fake_run(FakeRun(name=f"to-{steps}", state="finished", steps=steps, total=steps))
         outcome = outcome_text(RunFollower(run).poll())

@@ -65,16 +65,14 @@ class AdapterPair:
     """Which adapters answer: ``both``, ``left`` or ``right``."""
 
     @classmethod
-    def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
-        """Return the pair of the base model (left) and the newest adapter (right). Without an adapter, both
-        sides are the base model.
+    def of(cls, adapter_names: tuple[str, ...], proposed: str = BASE) -> AdapterPair:
+        """Return the pair of the base model (left) and the ``proposed`` adapter (right), which is the base
+        model if the run has no adapter.
 
-        Args:
-            adapter_names: Names of the base model, of the run's adapters, newest first, and of the run's GGUF
-                files.
+        ``adapter_names``: names of the base model, of the run's adapters, newest first, and of the run's GGUF
+        files.
         """
-        adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
-        return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
+        return cls(adapter_names, BASE, proposed, "left" if proposed == BASE else "both")
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -87,22 +85,12 @@ class AdapterPair:
         """Whether both sides have the same adapter, so that there is nothing to compare."""
         return self.left == self.right
 
-    def split(self) -> AdapterPair:
-        """Toggle split view, and return the resulting pair. If both adapters answered, only the right-hand
-        adapter answers; otherwise, both answer. A :attr:`single` pair does not change.
+    def next_answers(self) -> AdapterPair:
+        """Return the pair with the next choice of who answers: both adapters, only the right-hand one, only
+        the left-hand one, both again. A :attr:`single` pair does not change.
         """
-        if self.single:
-            return self
-        return replace(self, shown="right" if self.shown == "both" else "both")
-
-    def switched(self) -> AdapterPair:
-        """Switch to the other adapter, and return the resulting pair. If only the right-hand adapter
-        answered, only the left-hand adapter answers; otherwise, only the right-hand adapter answers. A
-        :attr:`single` pair does not change.
-        """
-        if self.single:
-            return self
-        return replace(self, shown="left" if self.shown == "right" else "right")
+        following = {"both": "right", "right": "left", "left": "both"}
+        return self if self.single else replace(self, shown=following[self.shown])
 
     def next(self, side: str) -> AdapterPair:
         """Select the run's next adapter on this side, ``left`` or ``right``, and return the resulting pair.
@@ -187,16 +175,22 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Whether there is a source to chat with, and no message has been sent yet."""
         return self.source is not None and not self.turns and not self.busy
 
-    async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
+    async def set_source(
+        self, source: ChatSource | None, run: RunDir | None = None, adapter_name: str = BASE
+    ) -> None:
         """Switch to another run or model, and start a new conversation. The model is loaded when the first
-        prompt is sent. ``source``: None if there is nothing to chat with. ``run``: None for a model without a
-        run.
+        prompt is sent.
+
+        Args:
+            source: None if there is nothing to chat with.
+            run: None for a model without a run.
+            adapter_name: The adapter that answers next to the base model; the base model if it is alone.
         """
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir = source, run
         self.thinking = "auto" if source is None else source.thinking
-        self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names)
+        self.pair = AdapterPair.of((BASE,) if source is None else source.answer_names, adapter_name)
         self.ready, self.unloaded_because = None, ""
         self.choice_counts = {} if source is None else await asyncio.to_thread(_choice_counts, source)
         await self.clear()

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from textual import work
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.css.query import NoMatches
 from textual.widget import Widget
 
+from qlora_tui.chat.chat_sources import adapter_label, checkpoint_step
 from qlora_tui.chat.chat_types import Effect, GenerationResult, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
@@ -59,8 +60,9 @@ from qlora_tui.tui.screens.chat.start import (
     offered_prompts,
     run_lines,
     start_lines,
+    weights_of,
 )
-from qlora_tui.tui.screens.chat.turn import adapter_style
+from qlora_tui.tui.screens.chat.turn import GROWTH_ROWS, adapter_style
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, Write
 
 NOTHING_TO_CHAT_WITH = (
@@ -69,7 +71,10 @@ NOTHING_TO_CHAT_WITH = (
     "before any training."
 )
 TIPS = (
-    ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
+    (
+        "compare",
+        "{chat.next_adapter} selects another checkpoint, and {chat.left_adapter} one for the left side.",
+    ),
     ("measure", "{chat.effect} measures how much the adapter changes the base model."),
     (
         "judge",
@@ -78,7 +83,7 @@ TIPS = (
     ),
     ("reuse", "{chat.copy} copies the last answer, and {chat.serve} serves the model to other programs."),
 )
-"""(label, sentence) pairs on what the user can do with answers. A placeholder, such as ``{chat.split}``,
+"""(label, sentence) pairs on what the user can do with answers. A placeholder, such as ``{chat.effect}``,
 stands for the key of a command.
 """
 _MIN_NAME_WIDTH = 16
@@ -92,19 +97,18 @@ _LEAST_SHARE = 0.03
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
-def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
-    """Return a line with the name of the run or model, its adapters, and the state. The adapters that answer
-    are in reverse video.
+def session_line(name: str, pair: AdapterPair, start: ChatStart, state: str, width: int) -> Content:
+    """Return a line with the name of the run or model, its adapters, and the state. ● precedes the adapters
+    that answer, and ○ the others.
 
     If the line is too long, the middle of the name is left out.
     """
-    parts: list[Content | str | tuple[str, str]] = ["  "]
-    for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
-        if number:
-            parts.append(" ")
-        on = adapter_name in pair.active
-        style = f"reverse {adapter_style(adapter_name)}" if on else "not bold $text-muted"
-        parts.append((f" {adapter_name} ", style))
+    parts: list[Content | str | tuple[str, str]] = []
+    for adapter_name in dict.fromkeys((pair.left, pair.right)):
+        is_on = adapter_name in pair.active
+        style = adapter_style(adapter_name) if is_on else "not bold $text-muted"
+        label = weights_of(start, adapter_name) if checkpoint_step(adapter_name) is not None else ""
+        parts.append((f"  {'●' if is_on else '○'} {label or adapter_label(adapter_name)}", style))
     rest = Content.assemble(*parts, (f"  {state}", "not bold $text-muted"))
     name = truncate_middle(name, max(_MIN_NAME_WIDTH, width - rest.cell_length))
     return Content.styled(name, "bold") + rest
@@ -155,24 +159,14 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
             return f"thinking {known.default if setting == 'auto' else setting}"
 
 
-def answering_text(pair: AdapterPair) -> str:
-    """Return which adapters answer, as text for terminals without color; empty if there is only one
-    adapter.
-    """
-    if pair.single:
-        return ""
-    return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
-
-
 def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
-    """Return (label, value, short value) rows for the adapters that answer, the judgments and the sampling
-    settings. For most settings, the short value is empty if the setting has its default value.
+    """Return (label, value, short value) rows for thinking, the judgments and the sampling settings. For most
+    settings, the short value is empty if the setting has its default value.
     """
     sampling, greedy = chat.sampling, not chat.sampling.temperature
-    answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
+    thinks = thinking_text(chat.thinking, chat.ready)
     system_prompt = " ".join(chat.system_prompt.split())
-    rows = [("answers", answering or f"{chat.pair.left} only", answering)]
-    rows += [("thinking", thinks, thinks)] if thinks else []
+    rows = [("thinking", thinks, thinks)] if thinks else []
     for kind, count in chat.choice_counts.items():
         if count:
             rows.append((_KINDS[kind], f"{count} of {ENOUGH}", f"{count} of {ENOUGH} {_KINDS[kind]}"))
@@ -198,8 +192,8 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def has_default_settings(chat: Conversation) -> bool:
-    """Return whether both adapters answer with default settings, and no answer was judged."""
-    is_changed = chat.thinking != "auto" or chat.sampling != Sampling() or chat.pair.shown != "both"
+    """Return whether adapters answer with default settings, and no answer was judged."""
+    is_changed = chat.thinking != "auto" or chat.sampling != Sampling()
     return not is_changed and not chat.system_prompt and not any(chat.choice_counts.values())
 
 
@@ -256,7 +250,9 @@ class ChatMain(Vertical):
             yield self.conversation
             yield Starters()
             yield Lines(id="unloaded")
-        yield Panel("Message", PromptBox(id="prompt"), id="prompt-panel")
+        label = Lines(highlight_keys(name_keys("{chat.write} ")), id="prompt-label")
+        line = Horizontal(label, PromptBox(id="prompt"), id="prompt-line")
+        yield Panel("Message", line, id="prompt-panel")
 
     def on_mount(self) -> None:
         # The conversation also grows when the user unfolds a thought.
@@ -292,9 +288,9 @@ class ChatMain(Vertical):
         self.call_after_refresh(self._fit)
 
     def _fit(self) -> None:
-        """Divide the rows between the conversation and the starter prompts, which are directly below it.
-        Before the first message, the conversation is only as tall as its contents; later, its contents are at
-        its bottom.
+        """Divide the rows between the conversation, which is as tall as its contents if they fit, and the
+        starter prompts below it. While an answer grows, the conversation has rows for the next growth, so
+        that no scroll bar appears in between.
         """
         try:
             drawing, panel = self.query_one("#chat-start", Drawing), self.query_one("#chat-panel")
@@ -315,10 +311,9 @@ class ChatMain(Vertical):
         else:
             regions = [each.virtual_region_with_margin for each in chat.children if each.display]
             needed = max((each.bottom for each in regions), default=0)
-            needed -= min((each.y for each in regions), default=0)
         self._free_rows = rows - needed - HEADING_ROWS
         self._offer()
-        chat.styles.max_height = needed if chat.is_new else None
+        chat.styles.max_height = needed + (GROWTH_ROWS if chat.busy else 0)
 
     def _offer(self) -> None:
         chat, starters = self.conversation, self.query_one(Starters)
@@ -395,7 +390,7 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
     ]
     for name, outcome in outcomes.items():
         used = outcome.prompt_tokens + outcome.new_tokens
-        label = truncate_middle(name, _LABEL - 1)
+        label = truncate_middle(adapter_label(name), _LABEL - 1)
         share = used / ready.context_tokens
         if share < _LEAST_SHARE:
             lines.append(labeled(label, f"{used:,} tokens", _LABEL))
@@ -445,7 +440,6 @@ def prompt_title(text: str, tokens: int | None, *, is_typing: bool, is_suggested
     hints = [key_hint("Enter", enter, "enter")] if is_typing or is_suggested else []
     if is_typing:
         hints.append(key_hint("^J", "starts a new line", "ctrl+j"))
-    command, verb = ("leave", "selects a suggestion") if is_typing else ("write", "writes a message")
-    if is_suggested or not is_typing:
-        hints.append(key_hint(bare_key(f"chat.{command}"), verb, command_key(f"chat.{command}")))
+        if is_suggested:
+            hints.append(key_hint(bare_key("chat.leave"), "selects a suggestion", command_key("chat.leave")))
     return Content("  ").join([title, *hints])

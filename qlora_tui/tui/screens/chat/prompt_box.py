@@ -23,7 +23,8 @@ class PromptBox(OwnKeysFirst, TextArea):
         height: auto;
         max-height: 8;
         border: none;
-        padding: 0 1;
+        padding-right: 1;
+        width: 1fr;
         background: $panel;
         scrollbar-size-vertical: 1;
         & .text-area--placeholder { color: $text-muted; }
@@ -44,15 +45,11 @@ class PromptBox(OwnKeysFirst, TextArea):
         """Posted when Up is pressed in the empty field."""
 
     def __init__(self, *, id: str) -> None:
-        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
+        super().__init__(
+            id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus", placeholder="Type a message"
+        )
         self.cursor_blink = False
         self.highlight_cursor_line = False
-
-    def on_focus(self) -> None:
-        self.placeholder = "Type a message"
-
-    def on_blur(self) -> None:
-        self.placeholder = ""
 
     def action_send(self) -> None:
         """If the field has text, clear the field and post ``Sent``."""

@@ -15,17 +15,18 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static, TextArea
 
-from qlora_tui.chat.chat_sources import run_source
-from qlora_tui.chat.chat_types import ChatSource, Effect, Sampling
+from qlora_tui.chat.chat_sources import adapter_label, proposed_adapter, run_source
+from qlora_tui.chat.chat_types import BASE, ChatSource, Effect, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import pluralize, truncate_middle
+from qlora_tui.formatting import capitalize, pluralize, truncate_middle
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.run_summary import RunSummary, summarize
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.system_status import SystemStatus
 
-_TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
+_TYPING_ACTIONS = ("stop", "leave_field", "next_answers", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys do not type text. While a prompt is being written, the footer shows only these."""
 _SIDE_CELLS = 120
 """Minimum width of the window, in cells, at which the side column is shown if one adapter answers. If two
@@ -154,7 +155,7 @@ class ChatScreen(WorkScreen):
         if runs := chat_runs():
             await self._show_run(runs[0])
         elif before is not None:
-            await self.set_source(None, None, "")
+            await self.set_source(None, "")
 
     async def chat_with(self, run: RunDir) -> None:
         """Switch to this run, and focus the prompt field."""
@@ -171,19 +172,27 @@ class ChatScreen(WorkScreen):
         async with self._switching:
             if run == self.conversation.run_dir and source == self.conversation.source:
                 return
-            await self._switch(source, run, run.name)
+            summary = await asyncio.to_thread(summarize, run)
+            await self._switch(source, run.name, run, summary)
         if not source.adapters:
             self.notify(
                 f"{run.name} has no saved adapter, so only the base model answers.", severity="warning"
             )
 
-    async def set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
+    async def set_source(self, source: ChatSource | None, name: str) -> None:
         async with self._switching:
-            await self._switch(source, run, name)
+            await self._switch(source, name)
 
-    async def _switch(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
-        await self.conversation.set_source(source, run)
-        self.source_name, self.search, self._start = name, "", ChatStart()
+    async def _switch(
+        self,
+        source: ChatSource | None,
+        name: str,
+        run: RunDir | None = None,
+        summary: RunSummary | None = None,
+    ) -> None:
+        adapter_name = BASE if source is None or summary is None else proposed_adapter(source, summary)
+        await self.conversation.set_source(source, run, adapter_name)
+        self.source_name, self.search, self._start = name, "", ChatStart(summary=summary)
         self.show_effect("")
         self.show_header()
         if source is not None:
@@ -206,7 +215,7 @@ class ChatScreen(WorkScreen):
                 await self.chat_with(run)
             else:
                 name = recipe.model.id.rstrip("/").rpartition("/")[2]
-                await self.set_source(ChatSource(recipe=recipe, thinking=recipe.data.thinking), None, name)
+                await self.set_source(ChatSource(recipe=recipe, thinking=recipe.data.thinking), name)
                 self.action_write()
 
         runs = chat_runs()
@@ -231,17 +240,18 @@ class ChatScreen(WorkScreen):
 
     # Which adapters, and how they answer
 
-    def action_toggle_adapter(self) -> None:
-        """Switch to the other adapter: if only the right-hand adapter answers, let only the left-hand adapter
-        answer; otherwise, let only the right-hand adapter answer.
+    def action_next_answers(self) -> None:
+        """Switch between the answers of both adapters side by side, only those of the right-hand adapter, and
+        only those of the left-hand one.
         """
-        self._choose(self.conversation.pair.switched())
+        self._choose(self.conversation.pair.next_answers())
 
-    def action_split(self) -> None:
-        """Toggle split view: if both adapters answer, let only the right-hand adapter answer; otherwise, let
-        both answer side by side.
-        """
-        self._choose(self.conversation.pair.split())
+    def command_label(self, command_id: str) -> str | None:
+        pair = self.conversation.pair
+        if command_id != "chat.answers":
+            return ""
+        shown = pair.shown if pair.shown == "both" else adapter_label(pair.active[0])
+        return None if pair.single else f"Answers: {shown}"
 
     def action_next_adapter(self, side: str) -> None:
         """On this side, ``left`` or ``right``, select the run's next adapter or checkpoint."""
@@ -252,6 +262,7 @@ class ChatScreen(WorkScreen):
             self.notify("This run has no other adapter or checkpoint.")
         self.conversation.pair = pair
         self.show_header()
+        self.refresh_bindings()
 
     def action_thinking(self) -> None:
         """Turn thinking on or off. If the model does not support this, notify the user."""
@@ -402,7 +413,7 @@ class ChatScreen(WorkScreen):
         name = pair.left if side == "left" else pair.right
         answers = [turn.answers[name] for turn in self.conversation.turns if name in turn.answers]
         if not answers or not answers[-1].text:
-            self.notify(f"{name} has no answer to copy yet.")
+            self.notify(f"{capitalize(adapter_label(name))} has no answer to copy yet.")
             return
         self.app.copy_to_clipboard(answers[-1].text.strip())
 
@@ -470,7 +481,7 @@ class ChatScreen(WorkScreen):
             )
         else:
             self.conversation.record_choice(turn, chosen, rejected)
-            self._notify_recorded("pairs", f"{chosen.adapter_name} is better")
+            self._notify_recorded("pairs", f"{adapter_label(chosen.adapter_name)} is better")
             turn.show_question(False)
             chosen.show_judgment("better")
             rejected.show_judgment("")
@@ -490,7 +501,7 @@ class ChatScreen(WorkScreen):
             self._notify_recorded("edits", "the edited answer")
             answer.show_judgment("edited")
 
-        self.ask(AnswerEditor(answer.adapter_name, answer.text.strip()), record)
+        self.ask(AnswerEditor(adapter_label(answer.adapter_name), answer.text.strip()), record)
 
     def _notify_recorded(self, kind: ChoiceKind, what: str) -> None:
         """Notify the user that ``what`` was saved, and how many judgments there are of its kind."""
@@ -600,7 +611,8 @@ class ChatScreen(WorkScreen):
         if self.search:
             matching = sum(turn.contains(self.search) for turn in chat.turns)
             state = f"/{truncate_middle(self.search, _MAX_SEARCH)} in {matching} of {len(chat.turns)}"
-        panel.show_title(session_line(self.source_name, chat.pair, state, self._main_width - _TITLE_FRAME))
+        width = self._main_width - _TITLE_FRAME
+        panel.show_title(session_line(self.source_name, chat.pair, self._start, state, width))
         transcript = transcript_path(chat.run_dir)
         path = transcript if transcript.exists() else None
         self.query_one("#sampling-line", Lines).show(sampling_line(chat, path, self._room))

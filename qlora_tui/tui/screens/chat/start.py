@@ -17,7 +17,7 @@ from textual.content import Content
 from textual.widgets.option_list import Option
 
 from qlora_tui.chat.chat_sources import chat_bytes, checkpoint_step
-from qlora_tui.chat.chat_types import ADAPTER
+from qlora_tui.chat.chat_types import ADAPTER, BASE
 from qlora_tui.data.sources import first_exchanges, prompt_at
 from qlora_tui.formatting import (
     format_bytes,
@@ -96,8 +96,6 @@ class ChatStart:
     load_bytes: int | None = None
     """Upper estimate of the chat's memory, in bytes; None if unknown."""
     summary: RunSummary | None = None
-    better_step: int | None = None
-    """Step of a saved checkpoint that is notably better than the final adapter; None if there is none."""
 
 
 def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> ChatStart:
@@ -105,7 +103,8 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> Cha
     files, so call it in a thread. ``device``: the device for which memory is estimated; None if it is not
     known yet.
     """
-    questions = _validation_answers(recipe, run) if run is not None else []
+    summary = None if run is None else summarize(run)
+    questions = _validation_answers(recipe, summary) if summary is not None else []
     samples, load_s = _events(run) if run is not None else ([], None)
     starters = [Starter(each.prompt, "validation question") for each in questions]
     starters += [Starter(prompt, "sample prompt") for prompt in recipe.training.sample_prompts]
@@ -113,25 +112,27 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> Cha
         kind = "validation question" if recipe.data.validation_path else "from the data"
         exchanges = first_exchanges(recipe.data, _MAX_OF_KIND)
         starters += [Starter(prompt, kind, expected) for prompt, expected in exchanges]
-    summary = None if run is None else summarize(run)
     return ChatStart(
         prompts=tuple({each.prompt: each for each in reversed(starters)}.values())[::-1],
         recorded=(*questions, *_answers_by_step(samples))[:_MAX_RECORDED],
         load_s=load_s,
         load_bytes=None if device is None else chat_bytes(recipe, device),
         summary=summary,
-        better_step=None if summary is None else better_checkpoint(summary),
     )
 
 
-def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
-    """Return the first validation questions, with the answers that the run's evaluation recorded."""
-    evaluation = read_task_evaluation(run)
+def _validation_answers(recipe: Recipe, summary: RunSummary) -> list[RecordedAnswers]:
+    """Return the first validation questions, with the answers that the run's evaluation recorded. If the app
+    proposes a checkpoint, the answers of the final adapter are named by the step of its weights.
+    """
+    evaluation = read_task_evaluation(summary.run)
+    better = better_checkpoint(summary, dict(summary.run.checkpoints()))
+    adapter = ADAPTER if better is None else summary_weights(summary, None)
     rows = evaluation.rows if evaluation is not None else ()
     recorded: list[RecordedAnswers] = []
     for row, judged in zip(rows, match_answers(rows), strict=True):
         if row.row <= _FIRST_ROWS and (prompt := prompt_at(recipe.data, row.source, row.row, row.file)):
-            answers = (("base", row.base_raw or row.base), ("adapter", row.adapter_raw or row.adapter))
+            answers = ((BASE, row.base_raw or row.base), (adapter, row.adapter_raw or row.adapter))
             matches = {
                 name: is_match
                 for (name, _), is_match in zip(answers, judged, strict=True)
@@ -279,7 +280,9 @@ def _starter_lines(offered: Sequence[Starter], width: int, *, has_heading: bool)
     lines, kind, heading = [], first_kind, Content.styled(_HEADING, "bold $primary")
     has_title = False
     for number, (prompt, starter) in enumerate(zip(prompts, offered, strict=True)):
-        shown = "" if starter.kind == kind else f"  {starter.kind}"
+        shown = (
+            "" if starter.kind == kind else f"  {starter.kind}" if kind else f"  suggested: {starter.kind}"
+        )
         kind = starter.kind
         if starter.expected and width - len(kind) - 4 - cells > _LEAST_EXPECTED:
             if not has_title:
@@ -291,7 +294,7 @@ def _starter_lines(offered: Sequence[Starter], width: int, *, has_heading: bool)
             column = muted(expected if has_heading else f"expected: {expected}")
             prompt = prompt.pad_right(cells - prompt.cell_length) + "   " + column
         prompt = prompt.truncate(max(0, width - 2 - len(shown)), ellipsis=True, pad=True)
-        lines.append((str(number), Content.assemble("▸ ", prompt, (shown, "dim"))))
+        lines.append((str(number), Content.assemble("  ", prompt, (shown, "dim"))))
     if not has_heading:
         return lines
     heading = heading.truncate(max(0, width - len(first_kind)), pad=True) + muted(first_kind)
@@ -334,10 +337,6 @@ def start_lines(
             hint += f"{key_name('chat.clear')} shows them in a new conversation"
             lines.append(highlight_keys(hint, "$text-muted").truncate(width, ellipsis=True))
         return lines
-    if adapter_name == ADAPTER and start.better_step is not None and not is_described:
-        label, result = facts[-1]
-        change = highlight_keys(f" {key_name('chat.next_adapter')} selects another checkpoint.")
-        facts[-1] = (label, Content("") + result + change)
     above = fact_lines(facts, width)
     if not start.recorded:
         return above

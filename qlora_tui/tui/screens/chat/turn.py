@@ -17,6 +17,7 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widgets import Markdown, Static
 
+from qlora_tui.chat.chat_sources import adapter_label
 from qlora_tui.chat.chat_types import BASE, Decided, GenerationResult
 from qlora_tui.data.repetition import find_loop
 from qlora_tui.data.thought_splitter import TextChunk
@@ -49,7 +50,7 @@ _LOOP = (
     "{{chat.settings}} to set a repetition penalty."
 )
 _MAX_PHRASE = 60
-_GROWTH_ROWS = 6
+GROWTH_ROWS = 6
 """Number of rows by which the height of answers grows at a time while they are generated."""
 _MOST_BARS, _MAX_BAR = 6, 30
 """Maximum number of options with a bar, and maximum width of a bar in cells."""
@@ -429,7 +430,7 @@ class AdapterAnswer(Panel):
 def answer_title(adapter_name: str, words: str) -> Content:
     """Return the title of an answer: the name of its adapter, followed by ``words``."""
     return Content.assemble(
-        (adapter_name, adapter_style(adapter_name)), (f" · {words}", "not bold $text-muted")
+        (adapter_label(adapter_name), adapter_style(adapter_name)), (f" · {words}", "not bold $text-muted")
     )
 
 
@@ -453,9 +454,9 @@ def outcome_words(outcome: GenerationResult) -> str:
 class Answers(Horizontal):
     """The answers of a turn, side by side.
 
-    While an answer is being generated, the height is rounded up to a multiple of :data:`_GROWTH_ROWS`. The
-    end of the conversation is at the bottom of the window, so each additional row moves and repaints all rows
-    above it.
+    While an answer is being generated, the height is rounded up to a multiple of :data:`GROWTH_ROWS`. The
+    end of the conversation is above the suggestions and the field, so each additional row moves and repaints
+    other rows.
     """
 
     DEFAULT_CSS = """
@@ -467,7 +468,7 @@ class Answers(Horizontal):
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         rows = super().get_content_height(container, viewport, width)
         is_growing = any(isinstance(each, AdapterAnswer) and each.is_growing for each in self.children)
-        return -(-rows // _GROWTH_ROWS) * _GROWTH_ROWS if is_growing else rows
+        return -(-rows // GROWTH_ROWS) * GROWTH_ROWS if is_growing else rows
 
 
 class ChatTurn(Vertical):

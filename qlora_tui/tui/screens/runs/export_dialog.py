@@ -168,8 +168,8 @@ class ExportScreen(ModalScreen[None]):
         a checkpoint.
         """
         self._summary = await asyncio.to_thread(summarize, self._run_dir)
-        better = better_checkpoint(self._summary)
-        if better is not None and better in self._steps and not self._has_chosen_step:
+        better = better_checkpoint(self._summary, [step for step in self._steps if step is not None])
+        if better is not None and not self._has_chosen_step:
             self._select_step(better)
         self._show_detail()
         if self._starts_when_read:

@@ -40,6 +40,7 @@ from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.main_settings import MainSetting, setting_words
+from qlora_tui.runs.result_weights import better_checkpoint
 from qlora_tui.runs.run_summary import WORSE, RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
@@ -407,15 +408,18 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
     """Return (command, verb) for the keys of the run's panel. Include chat and export only if the run can be
-    used. For an active run, they use the last checkpoint, and their verbs give its step.
+    used. If they propose a checkpoint, their verbs give its step: one that is notably better than the last
+    weights or, for an active run, else the last one.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)
-    step = f" step {files.checkpoints[-1]:,}" if files is not None and files.checkpoints else ""
-    if summary.status.state not in ACTIVE:
-        step = ""
-    chat = f"chat with{step}" if step else "chat"
-    return (("runs.open", "open"), ("runs.chat", chat), ("runs.export", f"export{step}"))
+    saved = () if files is None else files.checkpoints
+    step = better_checkpoint(summary, saved)
+    if step is None and saved and summary.status.state in ACTIVE:
+        step = saved[-1]
+    weights = "" if step is None else f" step {step:,}"
+    chat = f"chat with{weights}" if weights else "chat"
+    return (("runs.open", "open"), ("runs.chat", chat), ("runs.export", f"export{weights}"))
 
 
 def preview_title(summary: RunSummary) -> str:

@@ -128,7 +128,7 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 
 def _uses_of_adapter(snapshot: RunSnapshot) -> list[str]:
-    """Return the keys that use the adapter, with the step of the weights that Chat loads and Export proposes:
+    """Return the keys that use the adapter, with the step of the weights that Chat and Export propose:
     ``[c] chat, [e] export step 640 (best)``.
     """
     view, best = snapshot.view, snapshot.best
@@ -137,9 +137,8 @@ def _uses_of_adapter(snapshot: RunSnapshot) -> list[str]:
         last = resume_step(snapshot)
     lowest = None if best is None or best.loss is None else (best.loss, best.step)
     better = better_step(lowest, finite_losses(snapshot.evaluations), saved)
-    exported = weights_words(better or last, last=view.step, total=0, best=lowest and lowest[1])
+    weights = weights_words(better or last, last=view.step, total=0, best=lowest and lowest[1])
     if isinstance(view.ending, Finished) and view.ending.reason != ALL_STEPS_DONE:
-        better, exported = None, "it"  # The reason says of which step the adapter is.
+        weights = "it"  # The reason says of which step the adapter is.
     chat, export, card = (key_name(f"train.{name}") for name in ("chat", "export", "card"))
-    uses = f"{chat} chat, " if better is None else f"{chat} chat with step {last:,}{_GAP}"
-    return [f"{uses}{export} export {exported}", f"{card} card"]
+    return [f"{chat} chat, {export} export {weights}", f"{card} card"]
