@@ -49,13 +49,11 @@ from qlora_tui.tui.widgets.controls import HEADING, ViList
 _MAX_OF_KIND = 24
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MOST = 4, 24
-"""Minimum and maximum number of starter prompts before the first message. Between these limits, there are as
-many prompts as free rows.
+"""Minimum number of starter prompts before the first message, and maximum number. Between these limits, there
+are as many prompts as free rows.
 """
-_LATER, _LATER_IF_TALL, _MOST_LATER = 1, 3, 5
-"""Minimum number of starter prompts during a conversation, in a short window and in a tall window, and the
-maximum number.
-"""
+_LATER, _LATER_IF_TALL = 1, 3
+"""Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _HEADING = "Suggested messages"
@@ -255,7 +253,7 @@ def offered_prompts(
     own = [each for each in start.prompts if each.prompt not in asked]
     unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED if prompt not in asked]
     least = _FEW if not asked else _LATER_IF_TALL if is_tall else _LATER
-    most = max(least, min(rows, _MOST_LATER if asked else _MOST))
+    most = max(least, min(rows, _MOST))
     if asked:
         return (*own, *unrelated)[:most]
     while len(own) > most - len(unrelated):
