@@ -40,7 +40,9 @@ RISE = "▲"
 _LEAST_WITH_OTHERS = 2
 """If there are at most this many lines for evaluations, no line says how many evaluations are left out."""
 _OUTLIER = 2
-"""Minimum ratio of the first change of a validation loss to each later change at which its bar is clipped."""
+"""The bar of the first change of a validation loss is clipped if this change is more than this many times as
+large as each of the others in the list.
+"""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
