@@ -83,8 +83,9 @@ TWO_COLORS = Theme(
         **dict.fromkeys(("key", *HUES), _FOREGROUND),
         "text-muted": _FOREGROUND,
         "text-disabled": _FOREGROUND,
-        "block-cursor-foreground": _BACKGROUND,
-        "block-cursor-background": _FOREGROUND,
+        "block-cursor-foreground": _FOREGROUND,
+        "block-cursor-background": _BACKGROUND,
+        "block-cursor-text-style": "reverse",
         "block-cursor-blurred-foreground": _FOREGROUND,
         "block-cursor-blurred-background": _BACKGROUND,
         "block-cursor-blurred-text-style": "bold",
@@ -120,7 +121,9 @@ def has_no_colors() -> bool:
 
 
 class MonochromeFilter(LineFilter):
-    """Replaces colors with the attributes reverse and dim."""
+    """Replaces colors with the attributes reverse and dim. Reversed text is never dim, because it would be
+    hard to read.
+    """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [
@@ -132,9 +135,9 @@ class MonochromeFilter(LineFilter):
 @lru_cache(1024)
 def _without_colors(style: Style) -> Style:
     on_foreground = _is_foreground(style.bgcolor, otherwise=False)
-    faint = style.dim or not (on_foreground or _is_foreground(style.color, otherwise=True))
-    # The metadata is kept, since Textual uses it to find what was clicked.
     reverse = bool(style.reverse) != on_foreground
+    faint = not reverse and (style.dim or not _is_foreground(style.color, otherwise=True))
+    # The metadata is kept, since Textual uses it to find what was clicked.
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 
 

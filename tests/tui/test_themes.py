@@ -240,7 +240,11 @@ def is_in_palette(color: str) -> bool:
     return is_gray or all(part in XTERM_LEVELS for part in (red, green, blue))
 
 
-async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few() -> None:
+@pytest.mark.parametrize("no_color", ["", "1"])
+async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few(
+    monkeypatch: pytest.MonkeyPatch, no_color: str
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
     app = open_on("models", theme="terminal-dark")
     async with app.run_test(size=(80, 24)) as pilot:
         # The screen fills its list itself when it has read the models.

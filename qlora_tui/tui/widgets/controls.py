@@ -68,7 +68,29 @@ WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
 """A function that takes a width in cells and returns the (id, line) pairs of a list for that width."""
 
 
-class ViList(OptionList):
+class ReversingList(OptionList):
+    """A list with a reversed cursor if the theme has at most 16 colors."""
+
+    def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
+        """Return the style of the list's lines for these component classes, including ``reverse``.
+
+        On terminals with few colors, ``reverse`` marks the cursor, but Textual omits it.
+        """
+        style = super().get_visual_style(*component_classes, partial=partial)
+        is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
+        return style + VisualStyle(reverse=True) if is_reversed else style
+
+    def render_line(self, y: int) -> Strip:
+        """Return a line of the list. A reversed line is in two colors only, because with ``reverse`` the
+        color of a text becomes its background.
+        """
+        strip = super().render_line(y)
+        if not all(style and style.reverse for _, style, _ in strip):
+            return strip
+        return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
+
+
+class ViList(ReversingList):
     """A compact list without a border. The cursor stays on its option when other lines change."""
 
     DEFAULT_CSS = """
@@ -98,24 +120,6 @@ class ViList(OptionList):
     ]
 
     _write: WriteList | None = None
-
-    def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
-        """Return the style of the list's lines for these component classes, including ``reverse``.
-
-        On terminals with few colors, ``reverse`` marks the cursor, but Textual omits it.
-        """
-        style = super().get_visual_style(*component_classes, partial=partial)
-        is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
-        return style + VisualStyle(reverse=True) if is_reversed else style
-
-    def render_line(self, y: int) -> Strip:
-        """Return a line of the list. A reversed line is in two colors only, because with ``reverse`` the
-        color of a text becomes its background.
-        """
-        strip = super().render_line(y)
-        if not all(style and style.reverse for _, style, _ in strip):
-            return strip
-        return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
 
     def on_resize(self) -> None:
         if self._write is not None:
@@ -453,7 +457,7 @@ def cursor_style(widget: Widget) -> str:
 
 def _two_colors(style: Style | None) -> Style:
     style = style or Style()
-    return Style(bold=style.bold, underline=style.underline, reverse=True, meta=style.meta)
+    return Style(underline=style.underline, reverse=True, meta=style.meta)
 
 
 def _placeless(style: Style | None) -> Style | None:

@@ -486,10 +486,8 @@ def _item_line(
     if item is not None and explanation_cells:
         beside = "  " + Content(item.explanation).truncate(explanation_cells, ellipsis=True).plain
     return Content.assemble(
-        (text[:1], f"{color} not reverse"),
+        (text[:1], color),
         (text[1:], style),
-        # With 16 colors, Textual reverses the line under the cursor. Do not reverse the bar, since this would
-        # swap its color and its background.
-        (text_of_bar, f"{color} not reverse"),
+        (text_of_bar, color),
         (beside, "$text-muted"),
     )
