@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from textual.actions import parse
+from textual.app import ComposeResult
 from textual.binding import Binding
-from textual.command import CommandPalette, DiscoveryHit, Hit, Hits, Provider
+from textual.command import CommandList, CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.content import Content
 from textual.fuzzy import Matcher
 from textual.widget import Widget
@@ -23,9 +24,10 @@ from textual.widget import Widget
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import EVERYWHERE, SCREENS, Command, screen_commands
 from qlora_tui.tui.key_names import bare_key, dialog_keys
-from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.base import DimsScreenBehind, WorkScreen
 from qlora_tui.tui.themes import theme_names
 from qlora_tui.tui.ui_state import add_recent, recent, recent_paths
+from qlora_tui.tui.widgets.controls import ReversingList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -68,11 +70,20 @@ class Entry:
     """Factor by which this entry's score is multiplied. The score ranks the results of a search."""
 
 
-class Palette(CommandPalette):
+class _CommandList(CommandList, ReversingList):
+    """The palette's list of commands."""
+
+
+class Palette(CommandPalette, DimsScreenBehind):
     """Textual's palette, framed like a dialog."""
+
+    def compose(self) -> ComposeResult:
+        for widget in super().compose():
+            yield _CommandList() if isinstance(widget, CommandList) else widget
 
     def on_mount(self) -> None:
         frame = self.query_one("#--container", Widget)
+        frame.add_class("frame")
         frame.styles.width = _width(self.app.size.width)
         frame.border_title = "Commands"
         frame.border_subtitle = dialog_keys([Binding("escape", "escape", "Close")], "Enter run")

@@ -1,8 +1,8 @@
 """Filters that each painted line passes through on its way to the terminal.
 
 :class:`VisibleTextFilter` makes control characters visible, so that no text can control the terminal.
-:class:`MonochromeFilter` replaces colors with attributes on terminals without color. :func:`fallback_glyphs`
-replaces characters that the Linux console lacks.
+:class:`MonochromeFilter` replaces colors with attributes on terminals without color. :class:`DimFilter`
+dims the screen behind a dialog. :func:`fallback_glyphs` replaces characters that the Linux console lacks.
 """
 
 from __future__ import annotations
@@ -145,6 +145,18 @@ def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
     if color is None or color.is_default:
         return otherwise
     return Color.from_rich_color(color).brightness > _HALF
+
+
+class DimFilter(LineFilter):
+    """Makes all text dim, without color and other attributes. Backgrounds are kept, except those of reversed
+    text.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [
+            Segment(text, Style(dim=True, bgcolor=style.bgcolor if style else None), control)
+            for text, style, control in segments
+        ]
 
 
 _FALLBACKS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from weakref import ReferenceType, ref
 
 import pytest
+from rich.style import Style
 from textual.app import App, ComposeResult
 from textual.widget import Widget
 
@@ -26,7 +27,7 @@ from qlora_tui.tui.widgets.bars import TopBar
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
-from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
+from tests.tui.screen_assertions import segments_of, text_in, text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on, settle
 
 WAY_OUT = ("^P Palette", "? Help")
@@ -83,6 +84,27 @@ async def test_the_footer_leaves_out_the_keys_that_texts_and_borders_name(
             shown = re.findall(r"(?:^|  )(\S+) [A-Z]", footer)
             named = set(re.findall(r"\[(\S)\]", "\n".join(above[1:])))
             assert not named & set(shown), (digit, footer)
+
+
+@pytest.mark.parametrize("theme", ["terminal-dark", "harbour"])
+async def test_behind_a_dialog_a_screen_is_dimmed_and_has_no_keys_and_no_focus(
+    private_home: Path, theme: str
+) -> None:
+    app = open_on("models", model=readable_model(private_home), theme=theme)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "Good first models", *WAY_OUT)
+        await settle(pilot)
+        before = segments_of(app)
+        assert text_in(before).count("╭") == 1
+        await pilot.press("p")
+        shown = await wait_for_text(pilot, "Enter open")
+        assert shown.count("╭") == 1 and "╭─ Presets" in shown
+        assert not shown.splitlines()[-1].strip()
+        if theme == "terminal-dark":
+            behind = [segment.style or Style() for segment in segments_of(app)[0]]
+            assert all(style.dim and not style.reverse and style.color is None for style in behind)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: segments_of(app) == before)
 
 
 async def test_closed_screens_are_freed(private_home: Path) -> None:

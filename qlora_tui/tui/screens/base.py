@@ -4,13 +4,14 @@ footer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from textual import on
 from textual.app import ComposeResult
 from textual.events import ScreenResume
+from textual.filter import LineFilter
 from textual.geometry import Size
 from textual.messages import Prune
 from textual.screen import ModalScreen, Screen
@@ -21,6 +22,7 @@ from qlora_tui.tui import process
 from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, WIDE_CELLS
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.line_filters import DimFilter
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.textual_compat import add_size_classes
 from qlora_tui.tui.widgets import column  # noqa: F401  # the style sheets name its layout
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
 Answer = TypeVar("Answer")
+_DIM = DimFilter()
 _FREEZE_AFTER_S = 4.0
 """Seconds from the first display of a screen until its objects are exempted from garbage collection. By then,
 the long-lived objects of the screen exist.
@@ -51,6 +54,21 @@ class CancelsWorkersFirst(Widget):
         for worker in list(self.workers):
             if self in worker.node.ancestors_with_self:
                 worker.cancel()
+
+
+class DimsScreenBehind(Widget):
+    """Mixin for a dialog. If there are not enough colors for a translucent background, which dims the screen
+    behind the dialog (``app.tcss``), this screen is shown in dim text.
+    """
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Return the filters for the lines that the dialog draws itself, which are the screen behind it."""
+        filters = super().get_line_filters()
+        return filters if self.app.has_class("-surfaces") else (*filters, _DIM)
+
+
+class Dialog(ModalScreen[Answer], DimsScreenBehind):
+    """A screen in a frame over another screen, which stays in view."""
 
 
 class OnQloraApp(Widget):

@@ -20,7 +20,7 @@ from qlora_tui.formatting import format_duration, format_gib, format_percent, fo
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, is_covered
 
 if TYPE_CHECKING:
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
@@ -188,7 +188,7 @@ def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 class CommandFooter(Drawing):
     """The last line, with keys and labels: ``Z Stop z Pause ^P Palette``. Clicking a key presses it. Keys
     that a panel names in its border, or in a text that is fully visible, are left out. Keys that do not fit
-    are shown only in the help.
+    are shown only in the help. While a dialog covers the screen, the line is empty.
 
     Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
     caches keep these widgets alive.
@@ -229,7 +229,8 @@ class CommandFooter(Drawing):
 
     def _bindings_changed(self, screen: Screen[object]) -> None:
         shown: dict[str, ActiveBinding] = {}
-        for active in screen.active_bindings.values():
+        # A dialog shows its own keys in its frame.
+        for active in () if is_covered(screen) else screen.active_bindings.values():
             if active.binding.show or active.binding.id in self._also:
                 shown.setdefault(active.binding.action, active)
         self._shown, self._named = list(shown.values()), _named(screen)

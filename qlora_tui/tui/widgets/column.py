@@ -13,6 +13,7 @@ from textual.layouts.vertical import VerticalLayout
 from textual.widget import Widget
 
 from qlora_tui.tui.textual_compat import add_layout
+from qlora_tui.tui.widgets.controls import holds_focus
 
 _LEAST_ROWS = 3
 """Minimum number of rows of a widget that is cut, in addition to its border and padding."""
@@ -108,7 +109,7 @@ class ColumnLayout(VerticalLayout):
             takes_rest = widget.styles.height is not None and widget.styles.height.is_fraction
             if not (is_above_gap or takes_rest or rows < each.region.height):
                 return
-            if widget.border_title is None or widget.has_focus_within:
+            if widget.border_title is None or holds_focus(widget):
                 return
             x, y, width, before = each.region
             rows = rows if is_above_gap else min(rows, before)

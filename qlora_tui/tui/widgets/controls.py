@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from rich.segment import Segment
 from rich.style import Style
@@ -17,6 +17,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.geometry import Region, Size
+from textual.screen import Screen
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.style import Style as VisualStyle
@@ -485,14 +486,27 @@ add_border("surface-keys", (("▐", " ", "▌"),) * 3, on_parent=("▐", "▌"))
 add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_parent=())
 
 
+def is_covered(screen: Screen[Any]) -> bool:
+    """Return whether the screen is behind a dialog. It is visible then, but its keys do nothing."""
+    return screen.is_current and not screen.is_active
+
+
+def holds_focus(widget: Widget) -> bool:
+    """Return whether the widget or one of its descendants is the one that the screen has focused, even if a
+    dialog covers the screen.
+    """
+    focused = widget.screen.focused
+    return focused is not None and widget in focused.ancestors_with_self
+
+
 class Panel(Vertical):
     """A part of a screen, with its title in the first row and its keys in the last.
 
-    Only the panel with the focus has a frame, which is double on terminals without color. Other panels are
-    tinted surfaces or, with at most 16 colors, have a rule at the top (``app.tcss``). The contents of a panel
-    take the same cells with and without the focus. In windows smaller than 100×30 cells (``breakpoints``),
-    panels are stacked and have only a rule across the whole width, and their keys are in the footer. A panel
-    that is ``empty`` takes one line.
+    Only the panel with the focus has a frame, which is double on terminals without color. While a dialog
+    covers the screen, no panel has a frame. Other panels are tinted surfaces or, with at most 16 colors, have
+    a rule at the top (``app.tcss``). The contents of a panel take the same cells with and without the focus.
+    In windows smaller than 100×30 cells (``breakpoints``), panels are stacked and have only a rule across the
+    whole width, and their keys are in the footer. A panel that is ``empty`` takes one line.
     """
 
     DEFAULT_CSS = """
@@ -529,6 +543,7 @@ class Panel(Vertical):
         self._keys_cells = 0
         self._title = Content()
         self._empty: str | Content = ""
+        self._is_covered = False
         self.show_title(title)
         self.show_keys(keys)
 
@@ -581,6 +596,22 @@ class Panel(Vertical):
 
     def on_mount(self) -> None:
         self._show_subtitle()
+        self.watch(self.screen, "stack_updates", self._show_covered, init=False)
+
+    @property
+    def has_focus_within(self) -> bool:
+        """Whether the panel or a descendant has the focus. False while a dialog covers the screen."""
+        return not self._is_covered and super().has_focus_within
+
+    def _show_covered(self) -> None:
+        """Remove the frame of the focus when a dialog covers the screen, and restore it when the dialog
+        closes.
+        """
+        covered = is_covered(self.screen)
+        if covered != self._is_covered:
+            self._is_covered = covered
+            if holds_focus(self):
+                self.update_node_styles(animate=False)
 
     def _show_subtitle(self) -> None:
         # Called once the panel is mounted, since the user's keymap is read from the running app.

@@ -11,7 +11,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
 from qlora_tui.chat.chat_types import Sampling
@@ -20,6 +19,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.base import Dialog
 from qlora_tui.tui.screens.chat.saved import SavedConversation, conversation_line, format_setting
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.widgets.controls import OwnKeysFirst, TextField
@@ -43,7 +43,7 @@ class AnswerArea(OwnKeysFirst, TextArea):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "screen.save", show=False)]
 
 
-class AnswerEditor(ModalScreen[str | None]):
+class AnswerEditor(Dialog[str | None]):
     """Dialog that returns the edited answer; None if the user canceled, or if the answer is unchanged or
     empty.
     """
@@ -88,7 +88,7 @@ class AnswerEditor(ModalScreen[str | None]):
         self.dismiss(text if text and text != self._answer else None)
 
 
-class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
+class ChatSettingsScreen(Dialog[tuple[Sampling, str] | None]):
     """Dialog that returns the sampling settings and the system prompt; None if the user pressed Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012

@@ -14,7 +14,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input, Label, Static
 
@@ -35,6 +34,7 @@ from qlora_tui.runs.row_losses import (
 )
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.screens.base import Dialog
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
@@ -43,7 +43,7 @@ _LINE_WIDTH = 200
 """Width of a line of a list, in cells. The dialog cuts off what does not fit."""
 
 
-class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
+class ColumnMappingScreen(Dialog[dict[str, str] | None]):
     """Dialog in which the user maps each part of a format, such as the answer, to a column of the file by
     typing the column's name. Returns a mapping from parts to columns; None if closed with Escape.
     """

@@ -21,7 +21,6 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.events import Resize
 from textual.markup import escape
-from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 
@@ -32,7 +31,7 @@ from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.tui.breakpoints import MIN_SIZE, is_too_small
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS
-from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
+from qlora_tui.tui.screens.base import CancelsWorkersFirst, Dialog, OnQloraApp
 from qlora_tui.tui.widgets.controls import TextField, ViList, ViScroll
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ Answer = TypeVar("Answer")
 Picked = TypeVar("Picked")
 
 
-class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
+class WorkerDialog(Dialog[Picked], CancelsWorkersFirst):
     """A dialog that a worker may close, possibly while another screen covers the dialog."""
 
     _leave: Callable[[], object] | None = None
@@ -79,7 +78,7 @@ class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
             self._leave()
 
 
-class TextDialog(ModalScreen[Answer | None]):
+class TextDialog(Dialog[Answer | None]):
     """Dialog with a title, paragraphs, and the keys that close it. Returns the answer that belongs to the
     pressed key; None if the key has no answer.
     """
@@ -175,7 +174,7 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
     return True
 
 
-class TextPromptScreen(ModalScreen[str | None]):
+class TextPromptScreen(Dialog[str | None]):
     """Dialog that returns the typed text; None if it was canceled. ``validate`` takes the typed text, and
     returns a message that says what is wrong with it; empty if the typed text is valid.
     """
@@ -302,7 +301,7 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         )
 
 
-class TooSmallScreen(ModalScreen[None]):
+class TooSmallScreen(Dialog[None]):
     """Covers any screen while the window is too small."""
 
     CSS_PATH = "modal.tcss"
@@ -345,7 +344,7 @@ class Choice(Generic[Picked]):
     """Additional text that the filter searches."""
 
 
-class ListPicker(ModalScreen[Picked | None]):
+class ListPicker(Dialog[Picked | None]):
     """Dialog with a list and a filter. Returns the value of the selected item; None if closed with Escape or
     q.
     """

@@ -10,11 +10,11 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.formatting import format_bytes, format_path
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.base import Dialog
 from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
@@ -23,7 +23,7 @@ _MAX_ENTRIES = 500
 _MAX_RECENT = 6
 
 
-class FilePickerScreen(ModalScreen[Path | None]):
+class FilePickerScreen(Dialog[Path | None]):
     """File browser that returns the selected path; None if closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
@@ -66,7 +66,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self._listed: list[Path] = []
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="open-dialog") as dialog:
+        with Vertical(id="open-dialog", classes="frame") as dialog:
             dialog.border_title = self._title
             yield TextField(placeholder="A path, or part of a name", id="path-input", compact=True)
             # The keys are above the list, since notifications may cover the bottom of the screen.

@@ -15,7 +15,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
-from textual.screen import ModalScreen
 
 from qlora_tui.formatting import uncapitalize
 from qlora_tui.tui.breakpoints import WIDE_CELLS
@@ -30,6 +29,7 @@ from qlora_tui.tui.commands import (
     screen_commands,
 )
 from qlora_tui.tui.key_names import bare_key, dialog_keys, highlight_keys, name_keys, short_keys
+from qlora_tui.tui.screens.base import Dialog
 from qlora_tui.tui.widgets.controls import Drawing, ViScroll
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ _COLUMN_CELLS = 50
 """Approximate width of each column of a page with two columns, in cells."""
 
 
-class HelpScreen(ModalScreen[None]):
+class HelpScreen(Dialog[None]):
     """Dialog with columns of keys and terms, each with a sentence that explains it."""
 
     CSS_PATH = "modal.tcss"

@@ -236,7 +236,7 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
         return next((preset for preset in self._presets if preset.name == name), None)
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="presets-dialog") as dialog:
+        with Vertical(id="presets-dialog", classes="frame") as dialog:
             dialog.border_title = Content.assemble("Presets  ", dialog_keys(_ALWAYS))
             dialog.border_subtitle = dialog_keys([command.binding() for command in _SHOWN], "Enter open")
             yield TextField(placeholder="Part of a name or note", compact=True, id="preset-filter")

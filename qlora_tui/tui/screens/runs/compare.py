@@ -245,7 +245,6 @@ class CompareScreen(WorkerDialog[None]):
             width: 100%;
             height: 100%;
             background: $background;
-            border: round $primary;
             padding: 0 1;
         }
         #compare-table-side {
@@ -269,7 +268,7 @@ class CompareScreen(WorkerDialog[None]):
         self._compared: list[ComparedRun] = []
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="compare") as dialog:
+        with Vertical(id="compare", classes="frame") as dialog:
             dialog.border_title = f"{len(self._runs)} runs compared"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
             yield Drawing(partial(plot, no_plot("Reading the runs…")), classes="graph")

@@ -19,7 +19,6 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.markup import escape
-from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.catalog.adapters import WEIGHTS
@@ -47,6 +46,7 @@ from qlora_tui.runs.result_weights import better_checkpoint, is_notably_above, s
 from qlora_tui.runs.run_summary import RunSummary, summarize
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.render.columns import hanging
+from qlora_tui.tui.screens.base import Dialog
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
@@ -98,7 +98,7 @@ def _size(adapter: Path) -> int | None:
         return None
 
 
-class ExportScreen(ModalScreen[None]):
+class ExportScreen(Dialog[None]):
     """Dialog that starts exports in the background and shows their progress."""
 
     CSS_PATH = "../modals/modal.tcss"

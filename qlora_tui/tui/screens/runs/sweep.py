@@ -103,15 +103,11 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
     DEFAULT_CSS = """
     SweepScreen {
         /* The names of the screens stay in view. */
-        background: transparent;
         #sweep {
             width: 100%;
             height: 100%;
             margin-top: 1;
             background: $background;
-            border: round $border;
-            border-title-color: $primary;
-            border-title-style: bold;
             padding: 0 1;
             &:nocolor {
                 border: double $border;
@@ -191,7 +187,7 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         return self._sweeps[self._number]
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="sweep"):
+        with Vertical(id="sweep", classes="frame"):
             yield Lines(id="sweep-verdict")
             with Horizontal(id="sweep-charts"):
                 reading = partial(plot, no_plot("Reading the sweep…"))

@@ -12,7 +12,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.theme import Theme
 from textual.widgets import Static
 
@@ -24,13 +23,13 @@ from qlora_tui.settings import KEYS_IN_FILE, Settings, config_path, save_setting
 from qlora_tui.tui.commands import screen_commands
 from qlora_tui.tui.desktop import notify_run_ended
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.screens.base import OnQloraApp
+from qlora_tui.tui.screens.base import Dialog, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.themes import AUTO, HUES, TERMINAL, theme_names
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, SettingPicked, SettingsForm
 
 
-class SettingsScreen(ModalScreen[None], OnQloraApp):
+class SettingsScreen(Dialog[None], OnQloraApp):
     """A form for the app's settings. Settings without a label are not shown."""
 
     CSS_PATH = "../modals/modal.tcss"
@@ -56,7 +55,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         fields = fields_of(Settings)
         theme = msgspec.structs.replace(fields["theme"], kind="choice", choices=tuple(theme_names()))
         with Vertical(classes="dialog wide") as dialog:
-            dialog.border_title = Content.styled("Settings", "bold")
+            dialog.border_title = "Settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter change")
             yield SettingsForm(
                 _groups({**fields, "theme": theme}),
