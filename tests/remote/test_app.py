@@ -80,7 +80,8 @@ async def test_stop_and_delete_ask_here_and_act_on_the_box(
         await wait_for_text(pilot, "Delete the run?", "its adapter is loaded")
         assert run_there.path.exists()
         await pilot.press("y")
-        await wait_until(pilot, lambda: not run_there.path.exists())
+        await wait_until(pilot, lambda: app.deleted_runs == [run_there.id])
+        assert not run_there.path.exists()
         os.close(handle)
         assert [each.run.id for each in actions.trashed_runs()] == [run_there.id]
         assert actions.trash_bytes() > 1000
