@@ -53,6 +53,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.step_events import a_data_set
+from tests.tui.chat_screen import with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder
@@ -310,7 +311,7 @@ async def test_a_run_that_ends_notifies_on_other_screens(monkeypatch: pytest.Mon
 
 
 async def test_before_the_first_poll_no_runs_or_steps_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_fake_run(FakeRun(name="owls", state="finished"))
+    with_adapters(write_fake_run(FakeRun(name="owls", state="finished", steps=1200, total=1200)), "step-640")
     looking = threading.Event()
     look = system_monitor.SystemMonitor.poll_and_recover
     monkeypatch.setattr(
@@ -321,7 +322,7 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(monkeypatch: pyt
         await pilot.press("enter")
         assert "▸ Enter" not in said and isinstance(pilot.app.screen, HomeScreen)
         looking.set()
-        await wait_for_text(pilot, "owls", "Next")
+        await wait_for_text(pilot, "owls", "step 640 (best) and base", "step 640 (best) as GGUF")
 
 
 async def test_a_stopped_queue_is_started_from_any_screen(monkeypatch: pytest.MonkeyPatch) -> None:

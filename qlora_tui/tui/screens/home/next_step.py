@@ -32,6 +32,10 @@ class HomeState:
     """
     last_checkpoint: int = 0
     """Step of the last run's newest intact checkpoint; 0 if there is none."""
+    last_weights: str = ""
+    """The weights that Chat and Export propose for the last run, such as ``step 640 (best)``; empty if the
+    step of the weights is unknown.
+    """
     last_total_steps: int = 0
     """Number of steps of the last run; 0 if unknown."""
     last_fix: str = ""
@@ -63,12 +67,6 @@ DEMO = NextStep(
     "Train the 135M demo model",
     "a real adapter in minutes; downloads 89 MiB, asks first",
 )
-EXPORT = NextStep(
-    "home.export",
-    "export",
-    "Export the adapter",
-    "GGUF for llama.cpp and Ollama, or a merged model",
-)
 SEARCH = NextStep(
     "go.models",
     "app.go('models')",
@@ -83,7 +81,8 @@ def next_step(now: HomeState) -> NextStep:
     if state in ACTIVE:
         return NextStep("", "watch", "Watch the run", "charts, samples and log on the Train screen")
     if state == "finished" and (now.last_is_news or not now.edited_since):
-        return NextStep("", "chat", "Chat with the adapter", "ask base and adapter, side by side")
+        answers = f"{now.last_weights or 'adapter'} and base, side by side"
+        return NextStep("", "chat", "Chat with the adapter", answers)
     if state == "paused" or (_can_resume(now) and not now.edited_since):
         return _resume(now)
     if state in ("failed", "lost") and not (now.edited_since and now.recipe.has_model_and_data):
@@ -99,12 +98,17 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
         return (*resume, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
     if chosen.action == "chat":
-        return (EXPORT, *((_prepare(now),) if now.recipe.has_model_and_data else ()))
+        return (_export(now), *((_prepare(now),) if now.recipe.has_model_and_data else ()))
     if chosen.action in ("prepare", "app.go('data')", "app.go('models')") and _can_resume(now):
         return (_resume(now),)
     if now.recipe.model.id or now.last_state is not None or chosen not in (DEMO, SEARCH):
         return ()
     return (SEARCH,) if chosen is DEMO else (DEMO,)
+
+
+def _export(now: HomeState) -> NextStep:
+    weights = f"{now.last_weights} as " if now.last_weights else ""
+    return NextStep("home.export", "export", "Export the adapter", f"{weights}GGUF or a merged model")
 
 
 def _can_resume(now: HomeState) -> bool:

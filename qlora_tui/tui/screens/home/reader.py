@@ -23,6 +23,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
+from qlora_tui.runs.result_weights import better_checkpoint, summary_weights
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.draft import draft_written_at
@@ -148,6 +149,7 @@ class HomeReader:
             last_state=status.state if status else None,
             last_is_news=is_news,
             last_checkpoint=checkpoints[-1][0] if checkpoints else 0,
+            last_weights=_proposed_weights(summary) if summary else "",
             last_total_steps=status.total_steps if status else 0,
             last_fix=summary.fix if summary else "",
             edited_since=status is not None and draft_written_at() > status.at,
@@ -255,3 +257,12 @@ class HomeReader:
         }
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
         return tuple(self._summaries.get(run) for run in islice(others, _MAX_RECENT))
+
+
+def _proposed_weights(summary: RunSummary) -> str:
+    """Return the weights that Chat and Export propose for a run, such as ``step 640 (best)``; empty unless
+    the run trained all its steps.
+    """
+    if summary.status.state != "finished" or summary.ended_early:
+        return ""
+    return summary_weights(summary, better_checkpoint(summary, dict(summary.run.checkpoints())))
