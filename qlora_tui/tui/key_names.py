@@ -24,6 +24,8 @@ from qlora_tui.tui.textual_compat import active_app
 _KEYS = re.compile(
     r"\[[^\s\[\]]{1,3}\]|\b(?:Enter|Esc|Tab|Space|Backspace|F\d{1,2}|(?:Ctrl|Alt|Shift)\+\w+)(?![\w-])"
 )
+TITLE_GAP = Content.styled(" · ", "not bold $text-muted")
+"""Separates a title from the keys after it, since both are bold."""
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
 _PRESS = "app.simulate_key"

@@ -63,7 +63,10 @@ def _shown(text: str) -> str:
 
 
 _FOREGROUND, _BACKGROUND = "#ffffff", "#000000"
-_HALF = 0.5
+_BRIGHT = 0.51
+"""Brightness above which a color is shown as the foreground. That of ``bright_black`` is 0.502."""
+_DIM = "#606060"
+"""A color that :class:`MonochromeFilter` replaces with the attribute dim."""
 
 TWO_COLORS = Theme(
     name="two-colors",
@@ -96,13 +99,13 @@ TWO_COLORS = Theme(
         "input-selection-background": _FOREGROUND,
         "screen-selection-foreground": _BACKGROUND,
         "screen-selection-background": _FOREGROUND,
-        "border-blurred": _FOREGROUND,
+        "border-blurred": _DIM,
         "scrollbar": _FOREGROUND,
         "scrollbar-hover": _FOREGROUND,
         "scrollbar-active": _FOREGROUND,
-        "scrollbar-background": _BACKGROUND,
-        "scrollbar-background-hover": _BACKGROUND,
-        "scrollbar-background-active": _BACKGROUND,
+        "scrollbar-background": "ansi_default",
+        "scrollbar-background-hover": "ansi_default",
+        "scrollbar-background-active": "ansi_default",
     },
 )
 """A theme in black and white only, for terminals that cannot display colors."""
@@ -144,7 +147,7 @@ def _without_colors(style: Style) -> Style:
 def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
     if color is None or color.is_default:
         return otherwise
-    return Color.from_rich_color(color).brightness > _HALF
+    return Color.from_rich_color(color).brightness > _BRIGHT
 
 
 class DimFilter(LineFilter):

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rich.color import Color as RichColor
+from rich.segment import Segment, Segments
+from rich.style import Style
 from textual.app import App
 from textual.color import Color
 from textual.command import CommandPalette
+from textual.scrollbar import ScrollBar, ScrollBarRender
 
 from qlora_tui.settings import Settings
 from qlora_tui.tui import themes
@@ -14,6 +20,33 @@ from qlora_tui.tui.line_filters import TWO_COLORS
 from qlora_tui.tui.terminal_app import TerminalApp
 
 _HALF = 0.5
+_LINE = "│"
+_TRACK = Style(color=RichColor.parse("bright_black"))
+"""Style of the line that shows the track of a scroll bar. Without color, bright black is dim."""
+
+
+class LineTrack(ScrollBarRender):
+    """Draws the track of a vertical scroll bar as a line if the track has the terminal's own background, on
+    which it would be invisible.
+    """
+
+    @classmethod
+    def render_bar(cls, *args: Any, **options: Any) -> Segments:
+        bar = super().render_bar(*args, **options)
+        if options["vertical"] and options["back_color"].is_default:
+            bar.segments = [_with_line(*segment) for segment in bar.segments]
+        return bar
+
+
+def _with_line(text: str, style: Style | None, control: Any) -> Segment:
+    """Return a segment of a scroll bar with the line of the track, if the segment is a part of the track."""
+    is_thumb = text.strip() or (style is not None and style.reverse)
+    return (
+        Segment(text, style, control) if is_thumb else Segment(_LINE * len(text), (style or Style()) + _TRACK)
+    )
+
+
+ScrollBar.renderer = LineTrack
 
 
 class ThemedApp(TerminalApp):

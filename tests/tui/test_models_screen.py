@@ -269,7 +269,7 @@ async def test_folders_of_the_settings_are_looked_through_and_a_config_alone_is_
         await wait_for_text(
             pilot,
             "No weights",
-            "▸ [/]  Download the model again.",
+            "▸ [/]  Search the Hub. Download",
             "Enter  Select it for estimates only",
         )
         await pilot.press("enter")
@@ -283,7 +283,7 @@ async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_
     (folder / "tokenizer.json").unlink()
     app = open_on("models", model=str(folder), model_folders=(str(folder.parent),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "has no tokenizer.json", "▸ [/]  Download the model again")
+        await wait_for_text(pilot, "has no tokenizer.json", "▸ [/]  Search the Hub. Download")
         for screen in "134250":
             await pilot.press(screen)
             await wait_for_text(pilot, "no tokenizer")

@@ -107,7 +107,7 @@ def test_tokens_carry_marks_that_need_no_color() -> None:
         trained_texts=(("It", " left", " Oslo"),),
     )
     changes, changes_of_others = ((3.0, 0.5), (1.0, 0.9), (0.5, 1.5)), ((3.0, 0.5),)
-    styles = TokenStyles("bold underline")
+    styles = TokenStyles("bold")
     assert sample(shown, (), Data(), styles, changes).plain == "Where?▾It left ▴Oslo"
     assert "▾fell by" in legend(shown, changes, styles).plain
     assert sample(shown, (), Data(), styles, changes_of_others).plain == "Where?It left Oslo"

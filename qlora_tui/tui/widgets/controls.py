@@ -484,6 +484,7 @@ _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 add_border("surface", (("▐", " ", "▌"), ("▐", " ", "▌"), (" ", " ", " ")), on_parent=("▐", "▌", "bottom"))
 add_border("surface-keys", (("▐", " ", "▌"),) * 3, on_parent=("▐", "▌"))
 add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_parent=())
+add_border("rule-keys", ((" ", "─", " "), (" ", " ", " "), (" ", "─", " ")), on_parent=())
 
 
 def is_covered(screen: Screen[Any]) -> bool:
@@ -504,9 +505,10 @@ class Panel(Vertical):
 
     Only the panel with the focus has a frame, which is double on terminals without color. While a dialog
     covers the screen, no panel has a frame. Other panels are tinted surfaces or, with at most 16 colors, have
-    a rule at the top (``app.tcss``). The contents of a panel take the same cells with and without the focus.
-    In windows smaller than 100×30 cells (``breakpoints``), panels are stacked and have only a rule across the
-    whole width, and their keys are in the footer. A panel that is ``empty`` takes one line.
+    a rule at the top and, if they have keys, at the bottom (``app.tcss``). The contents of a panel take the
+    same cells with and without the focus. In windows smaller than 100×30 cells (``breakpoints``), panels are
+    stacked and have only a rule across the whole width, and their keys are in the footer. A panel that is
+    ``empty`` takes one line.
     """
 
     DEFAULT_CSS = """
@@ -517,6 +519,9 @@ class Panel(Vertical):
         border-title-color: $primary;
         border-title-style: bold;
         border-subtitle-color: $text-muted;
+        &.-keys {
+            border: rule-keys $border-blurred;
+        }
         &:focus-within {
             border: round $border;
         }
@@ -583,7 +588,9 @@ class Panel(Vertical):
         if crop.y == 0:
             lines[0] = _joined(lines[0], (0, 1), (2, width - 1), (width - 2, width))
         if crop.bottom == height > 1:
-            lines[-1] = _joined(lines[-1], (0, 2), (1, width - 2), (width - 1, width))
+            # A rule starts where the contents start; the other kinds of border are closed on the left.
+            left = ((0, 1), (0, 1)) if str(self.styles.border_bottom[0]) == "rule-keys" else ((0, 2),)
+            lines[-1] = _joined(lines[-1], *left, (1, width - 2), (width - 1, width))
         return [line.crop(crop.x, crop.right) for line in lines]
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:

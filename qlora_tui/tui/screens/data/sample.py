@@ -23,7 +23,7 @@ from qlora_tui.data.unsupported import UNMAPPED_COLUMNS
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_number
 from qlora_tui.recipe.schema import Data
-from qlora_tui.tui.key_names import bare_key, highlight_keys, key_hint, key_name, name_keys
+from qlora_tui.tui.key_names import TITLE_GAP, bare_key, highlight_keys, key_hint, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
 from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.themes import lacks_shades
@@ -58,7 +58,6 @@ _KEYS = (
 TITLE_FRAME = 6
 """Width of a panel's corners and of the spaces around its title, in cells."""
 
-_READ = "dim"
 _TO_LEARN = " to learn"
 _MOST_BESIDE = 9
 _ROW_CELLS, _ROW_LINES = 62, 12
@@ -67,33 +66,34 @@ _ROW_CELLS, _ROW_LINES = 62, 12
 
 @dataclass(frozen=True)
 class TokenStyles:
-    """Styles of tokens: tokens to learn are tinted, tokens that are only read are dim, control tokens are in
-    italics.
+    """Styles of tokens: tokens to learn stand out, control tokens are in italics, and dim if they are only
+    read. Other tokens that are only read have no style.
     """
 
     learned: str
 
     @classmethod
     def of(cls, app: App[Any]) -> TokenStyles:
-        """Return the styles for the app's theme. If the theme cannot tint the background, tokens to learn are
-        underlined.
+        """Return the styles for the app's theme. Tokens to learn are on a tinted background or, if the theme
+        has no tints, in the color of training; without color, they are only bold.
         """
-        return cls("bold underline" if lacks_shades(app) else "bold on $training 30%")
+        return cls("bold $training" if lacks_shades(app) else "bold on $training 30%")
 
     def of_piece(self, piece: Piece) -> str:
         """Return the style of a piece of text. All tokens of a piece have the same role."""
-        style = self.learned if piece.in_loss else _READ
-        return f"{style} italic" if piece.special else style
+        if piece.special:
+            return f"{self.learned} italic" if piece.in_loss else "dim italic"
+        return self.learned if piece.in_loss else ""
 
     def legend(self) -> Content:
         """Return a text that explains the styles."""
         return Content.assemble(
             (f"{_TO_LEARN} ", self.learned),
-            ("  only read", _READ),
-            ("  control token", f"{_READ} italic"),
+            "  only read",
+            ("  control token", "dim italic"),
             "  ",
             ("↵", self.learned),
-            (" line break to learn", _READ),
+            (" line break to learn", "dim"),
         )
 
 
@@ -356,7 +356,7 @@ def row_title(
     if learned and (at := head.plain.find(_TO_LEARN)) >= 0:
         head = head.stylize(f"$foreground {learned}", at, at + len(_TO_LEARN))
     both = f"{bare_key('data.previous')} {bare_key('data.next')}".replace("Left Right", "←→")
-    keys = Content("  ") + key_hint(both, "row")
+    keys = TITLE_GAP + key_hint(both, "row")
     return head + keys if has_keys and head.cell_length + keys.cell_length <= width else head
 
 
@@ -474,7 +474,7 @@ def _shaded(text: str, change: float) -> Content:
     space = text[: len(text) - len(word)]
     word = word.replace("\n", "↵\n")
     if change <= -_FELL:
-        return Content.assemble(space, (_FALL_MARK, "$success"), (word, "bold underline $success"))
+        return Content.assemble(space, (_FALL_MARK, "$success"), (word, "bold $success"))
     if change >= _ROSE:
         return Content.assemble(space, (_RISE_MARK, "$error"), (word, "bold reverse $error"))
     return Content.assemble(space, (word, "underline"))

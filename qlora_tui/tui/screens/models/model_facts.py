@@ -191,7 +191,7 @@ def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
         if can_be_completed(model):
             step = _step(key_name("models.download"), "Download the missing files")
         elif isinstance(model.refusal, MissingFilesError):
-            step = _step(key_name("models.filter"), model.refusal.fix)
+            step = _step(key_name("models.filter"), f"Search the Hub. {model.refusal.fix}")
         lines.append(error_content(model.refusal, step=step))
         if model.architecture and not is_current:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))

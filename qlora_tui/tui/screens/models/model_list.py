@@ -23,7 +23,7 @@ from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
-from qlora_tui.tui.key_names import key_name
+from qlora_tui.tui.key_names import TITLE_GAP, key_name
 from qlora_tui.tui.render.columns import Column, cut_sentence, table
 from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure, place_words
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
@@ -201,7 +201,7 @@ def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
     """
     of = f"{format_gib(budget.bytes)} GiB ({place_words(budget)})"
     needs = Content.styled(f"memory needed, of {of}", "not bold $text-muted")
-    return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
+    return [TITLE_GAP.join(["Models", hint] if hint else ["Models"]), needs]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from qlora_tui.recipe.presets import (
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
-from qlora_tui.tui.key_names import dialog_keys, key_name
+from qlora_tui.tui.key_names import TITLE_GAP, dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
 from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure, place_words
 from qlora_tui.tui.screens.base import OnQloraApp
@@ -237,7 +237,7 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
 
     def compose(self) -> ComposeResult:
         with Vertical(id="presets-dialog", classes="frame") as dialog:
-            dialog.border_title = Content.assemble("Presets  ", dialog_keys(_ALWAYS))
+            dialog.border_title = TITLE_GAP.join(("Presets", dialog_keys(_ALWAYS)))
             dialog.border_subtitle = dialog_keys([command.binding() for command in _SHOWN], "Enter open")
             yield TextField(placeholder="Part of a name or note", compact=True, id="preset-filter")
             with Horizontal():
