@@ -63,7 +63,7 @@ def verdict_word(verdict: Verdict, *, can_train: bool = True) -> str:
 
 def fit_texts(verdict: Verdict, place: str = "", *, can_train: bool = True) -> tuple[str, ...]:
     """Return wordings of a verdict with its figures, from the most detailed to the shortest:
-    ``fits: uses ~9.5 of 12.0 GiB (RTX 3060), needs at least 6.4``, ``fits: ~9.5 of 12.0 GiB``.
+    ``fits: uses ~9.5 of 12.0 GiB (RTX 3060), needs at least 6.4``, ``fits: uses ~9.5 of 12.0 GiB``.
 
     Args:
         verdict: The verdict. The figure is the memory that a run will use. If this memory is unknown, or if
@@ -87,7 +87,6 @@ def fit_texts(verdict: Verdict, place: str = "", *, can_train: bool = True) -> t
         f"{word}: {verb} {sizes}{at_least}",
         f"{word}: {verb} {sizes}{where}",
         f"{word}: {verb} {sizes}",
-        f"{word}: {sizes}",
     )
 
 

@@ -135,11 +135,18 @@ def test_targets_in_a_range_of_layers_train_only_those() -> None:
 @pytest.mark.parametrize(
     ("needed_gib", "used_gib", "is_exact", "can_train", "longest", "shortest"),
     [
-        (6.4, 9.5, True, True, "fits: uses ~9.5 of 12.0 GiB (here), needs at least 6.4", "fits: ~9.5"),
-        (0.5, 1.3, False, False, "would fit: uses ~1.3 of 12.0 GiB (here), needs at least ~512 MiB", "~1.3"),
-        (6.4, 6.4, True, True, "fits: uses 6.4 of 12.0 GiB (here)", "fits: 6.4"),
-        (6.4, 0.0, False, True, "fits: needs ~6.4 of 12.0 GiB (here)", "fits: ~6.4"),
-        (13.1, 13.1, False, True, "does not fit: needs ~13.1 of 12.0 GiB (here)", "does not fit: ~13.1"),
+        (6.4, 9.5, True, True, "fits: uses ~9.5 of 12.0 GiB (here), needs at least 6.4", "uses ~9.5"),
+        (
+            0.5,
+            1.3,
+            False,
+            False,
+            "would fit: uses ~1.3 of 12.0 GiB (here), needs at least ~512 MiB",
+            "uses ~1.3",
+        ),
+        (6.4, 6.4, True, True, "fits: uses 6.4 of 12.0 GiB (here)", "uses 6.4"),
+        (6.4, 0.0, False, True, "fits: needs ~6.4 of 12.0 GiB (here)", "needs ~6.4"),
+        (13.1, 13.1, False, True, "does not fit: needs ~13.1 of 12.0 GiB (here)", "needs ~13.1"),
     ],
 )
 def test_a_verdict_says_what_a_run_uses_and_what_it_needs_at_least(

@@ -17,6 +17,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs import preflight
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.render.labels import needed_words
 from tests.memory.models import traced_peaks
 from tests.tui.sample_data import readable_model, tickets
 from tests.tui.screen_assertions import text_of, wait_for_text
@@ -92,5 +93,8 @@ async def test_every_screen_has_one_verdict_on_the_recipe(
             for screen, shown in (await figures(pilot, PLACES)).items():
                 for each in shown:
                     assert each in ((figure, sign), (of_run, sign), (sign,)), (screen, shown, text_of(app))
-            here, of_run = await figures(pilot, HERE), figure_of_run(app, app.run_budget)
-            assert {each for shown in here.values() for each in shown} == {(of_run, "✓")}, here
+            of_run, verdict = figure_of_run(app, app.run_budget), app.workbench.verdict(app.run_budget)
+            assert verdict is not None
+            least = needed_words(verdict).removesuffix(" GiB")
+            here = await figures(pilot, HERE)
+            assert {each for shown in here.values() for each in shown} <= {(of_run, "✓"), (least, "✓")}, here

@@ -267,28 +267,11 @@ class FitLine:
     ``place``: name of the device with the available memory, from :func:`place_words`; empty to leave it out.
     """
 
-    def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
+    def __init__(self, label: str, verdict: Verdict, place: str = "", *, can_train: bool = True) -> None:
         self._label = f"{label} " if label else ""
         self._verdict = verdict
-        self._place = place
         self._texts = fit_texts(verdict, place, can_train=can_train)
         self._word, self._style = verdict_words(verdict, can_train=can_train)
-
-    def draw_short(self, width: int) -> Content:
-        """Return the line with the device and without a bar. If the line does not fit ``width``, the symbol
-        of the verdict replaces its word, and the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``. The
-        verdict ``fits`` has no symbol here.
-        """
-        figures = self._texts[-1].removeprefix(f"{self._word}: ")
-        place = f" ({self._place})"
-        for text in (self._texts[2], f"{self._word}: {figures}{place}"):
-            if len(self._label) + len(text) <= width:
-                return self._colored(text)
-        has_sign = self._verdict.word != "fits"
-        return Content.assemble(
-            verdict_sign(self._verdict) + " " if has_sign else "",
-            (f"{figures.rpartition(' ')[0]}{place}", self._style),
-        )
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
         """Return the most detailed wording that fits ``width`` next to a bar. If none does, return the
@@ -301,6 +284,14 @@ class FitLine:
         cells = room - len(text) - 1
         return self._colored(text, cells if max_bar is None else min(cells, max_bar))
 
+    def draw_wrapped(self, width: int) -> Content:
+        """Return the line without a bar. If the line does not fit ``width``, what a run needs at least is in
+        a second line.
+        """
+        least = self._texts[0].removeprefix(self._texts[2]).removeprefix(", ")
+        line = self.draw(width, 0)
+        return line if line.plain.endswith(least) else Content.assemble(line, ",\n", least)
+
     def _colored(self, text: str, bar_cells: int = 0) -> Content:
         share = (self._verdict.used_bytes or self._verdict.needed_bytes) / self._verdict.available_bytes
         drawn = f"{bar(share, bar_cells)} " if bar_cells >= _MIN_BAR else ""
@@ -308,10 +299,14 @@ class FitLine:
         return Content.assemble(self._label, (drawn, self._style), (self._word, self._style), rest)
 
 
-def fit_title(name: str, verdict: Verdict, *, can_train: bool) -> Content:
-    """Return a title with a recipe's memory: ``NF4 fits``, and in a muted color what a run uses."""
+def fit_title(name: str, verdict: Verdict, width: int, *, can_train: bool) -> Content:
+    """Return a title with a recipe's memory: ``NF4 fits``, and in a muted color what a run uses and, if it
+    fits ``width``, what it needs at least.
+    """
     word, style = verdict_words(verdict, can_train=can_train)
-    figures = fit_texts(verdict, can_train=can_train)[3].removeprefix(word)
+    *longer, shortest = fit_texts(verdict, can_train=can_train)
+    text = next((text for text in longer if len(name) + 1 + len(text) <= width), shortest)
+    figures = text.removeprefix(word)
     style = "" if style == "$text-muted" else style
     return Content.assemble(f"{name} ", (word, style), (figures, "$text-muted not bold"))
 

@@ -155,6 +155,12 @@ class SettingList(LineView):
         return next((line for line in lines if isinstance(line, SettingGroup)), self._groups[0])
 
     @property
+    def groups_from_cursor(self) -> tuple[SettingGroup, ...]:
+        """The group that the cursor is on or in, and the groups below it."""
+        below = self._groups[self._groups.index(self.group) + 1 :]
+        return (self.group, *(each for each in below if self._values is None or each.applies(self._values)))
+
+    @property
     def value(self) -> Any:
         """The value of the setting under the cursor; None on the title of a group."""
         if self._values is None or self.field is None:

@@ -384,8 +384,9 @@ class DataScreen(SourceActions):
         fit = recipe_fit(self.app.workbench, self.app.memory_budget)
         if fit is None:
             return None
-        # The bar of the tokens to learn is enough; a small window has no room for the name of the device.
-        return fit.draw(self.query_one(TotalsPanel).content_size.width - LABEL_CELLS, max_bar=0)
+        # The bar of the tokens to learn is enough; a small window has no room for a second line.
+        width = self.query_one(TotalsPanel).content_size.width - LABEL_CELLS
+        return fit.draw(width, max_bar=0) if self._is_small else fit.draw_wrapped(width)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key, self._forecast = [], None, None

@@ -326,7 +326,8 @@ class MemoryScreen(WorkScreen):
         budget = self.app.memory_budget
         if self.has_class("-narrow"):
             can_train = self.app.workbench.model_refusal() is None
-            title = fit_title(PRECISION_NAMES[self.precision], self._verdict, can_train=can_train)
+            name, room = PRECISION_NAMES[self.precision], self.size.width - _FRAME
+            title = fit_title(name, self._verdict, room, can_train=can_train)
         else:
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))

@@ -387,7 +387,7 @@ class ItemsPanel(Panel):
         """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
         about = "" if estimate.traced else INSTANT
-        self.show_title(f"{name} by item: at least {about}{format_bytes(estimate.total_bytes)}")
+        self.show_title(f"{name} by item: needs at least {about}{format_bytes(estimate.total_bytes)}")
         is_nested = self.screen.has_class("-very-wide")
         self._list.show(partial(item_lines, estimate, has_even_colors(self), is_nested))
         self._explain()

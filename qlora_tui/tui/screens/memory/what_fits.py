@@ -251,7 +251,7 @@ class FitPanel(Panel):
         elif verdict.word == "uncertain":
             title = Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style)
         else:
-            title = fit_title(name, verdict, can_train=can_train)
+            title = fit_title(name, verdict, self.size.width - 4, can_train=can_train)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         size = format_bytes(verdict.used_bytes or verdict.needed_bytes)

@@ -33,7 +33,7 @@ from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.preflight import errors
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
+from qlora_tui.tui.key_names import TITLE_GAP, highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, large_figures
 from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, place_words, refusal_words
@@ -97,13 +97,10 @@ its path.
 """
 _LARGE_HEIGHT = 6
 """Minimum height of the first panel, in lines, at which the time is in large digits."""
-_MAX_WRAPPED = 14
-"""Maximum number of lines for the descriptions of several settings if they are wrapped. If more lines would
-be needed, each description is cut to one line.
-"""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
+_MEMORY = "memory"
 _SHORT_HEAD = 10
 """Width of a check's outcome, such as ``✗ error``, in cells."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
@@ -117,7 +114,9 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
 do there if the error does not say it.
 """
 _CHECK_KEYS = (("train.recheck", "check again"),)
-_RECIPE_TITLE = Content("  ").join(("Recipe", key_hint("Enter", "edit"), key_hint("←→", "change")))
+_RECIPE_TITLE = TITLE_GAP.join(
+    ("Recipe", Content("  ").join((key_hint("Enter", "edit"), key_hint("←→", "change"))))
+)
 
 
 @cache
@@ -197,10 +196,7 @@ class LaunchPane(Vertical, OnQloraApp):
             else Content.assemble(current.label, (f"  {current.path}", "$text-muted not bold"))
         )
         self.query_one("#notes-panel", Panel).show_title(title)
-        # A very wide window also describes the other settings of the group.
-        group = list_.group if self.screen.has_class("-very-wide") else None
-        is_roomy = self.screen.has_class("-roomy")
-        notes = partial(note_lines, current, group, self._preset, is_roomy=is_roomy)
+        notes = partial(note_lines, current, list_.groups_from_cursor, self._preset)
         self.query_one("#notes", Drawing).show(notes)
 
     def show_settings(self, recipe: Recipe, preset: Recipe, notes: Mapping[str, str]) -> None:
@@ -226,6 +222,7 @@ class LaunchPane(Vertical, OnQloraApp):
         assumed = (self.app.workbench.verdict(planned), place_words(planned)) if planned.is_assumed else None
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
+        verdict.set_class(assumed is not None, "-assumed")
         verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place, assumed))
         self._show_check_lines()
 
@@ -251,44 +248,46 @@ class LaunchPane(Vertical, OnQloraApp):
 
 def note_lines(
     current: Field | SettingGroup,
-    group: SettingGroup | None,
+    groups: tuple[SettingGroup, ...],
     preset: Recipe | None,
     width: int,
     height: int,
-    *,
-    is_roomy: bool,
 ) -> list[Content]:
-    """Return lines about a setting: what it does, its valid values and the preset's value.
-
-    If ``current`` is a group, return a line for each of its settings instead. If ``group`` is not None, add
-    lines for the other settings of this group. ``is_roomy``: wrap the lines for several settings instead of
-    cutting them, unless this takes more than :data:`_MAX_WRAPPED` lines.
+    """Return at most ``height`` lines: for a setting, what it does, its valid values and the preset's value;
+    then what the other settings of ``groups`` do, as many as fit. ``groups``: the group that the cursor is on
+    or in, and the groups below it.
     """
-    most = _MAX_WRAPPED if is_roomy else 0
-    if isinstance(current, SettingGroup):
-        return _overview(current.fields, width, most)
-    of_preset = "" if preset is None else current.describe(get_setting(preset, current.path))
-    facts = {"memory": current.memory, "value": current.expected, "preset": abbreviate_home(of_preset)}
-    lines = [Content(current.help)]
-    lines += [Content.assemble((f"{name:<8}", "dim"), text) for name, text in facts.items() if text]
-    lines = [part for line in lines for part in line.wrap(max(20, width))]
-    others = [] if group is None else [field for field in group.fields if field != current]
-    return [*lines, Content(""), *_overview(others, width, most)] if others else lines
+    lines: list[Content] = []
+    if isinstance(current, Field):
+        of_preset = "" if preset is None else current.describe(get_setting(preset, current.path))
+        facts = {"memory": current.memory, "value": current.expected, "preset": abbreviate_home(of_preset)}
+        texts = [Content(current.help)]
+        texts += [Content.assemble((f"{name:<8}", "dim"), text) for name, text in facts.items() if text]
+        lines += [part for text in texts for part in text.wrap(max(20, width))]
+    for group in groups:
+        # The title of the first group is the panel's title, or above the cursor.
+        title = [] if group is groups[0] else [Content.styled(group.title, "bold")]
+        before = [Content(""), *title] if lines else []
+        for setting in _overview([field for field in group.fields if field != current], width):
+            if len(lines) + len(before) + len(setting) > height:
+                return lines
+            lines += [*before, *setting]
+            before = []
+    return lines
 
 
-def _overview(settings: Sequence[Field], width: int, most: int) -> list[Content]:
-    """Return a line for each setting, with its label and what the setting does. The lines are wrapped if this
-    makes at most ``most`` lines; otherwise, each is cut to ``width`` cells.
-    """
-    cells = max(len(field.label) for field in settings)
-    rows = [
-        (Content.styled(f"{field.label:<{cells}}  ", "$primary"), Content.styled(field.help, "dim"))
+def _overview(settings: Sequence[Field], width: int) -> list[list[Content]]:
+    """Return what each setting does, next to its label, in lines of ``width`` cells."""
+    cells = max((len(field.label) for field in settings), default=0)
+    return [
+        hanging(
+            Content.styled(f"{field.label:<{cells}}  ", "$primary"),
+            Content.styled(field.help, "dim"),
+            width,
+            _LEAST_TEXT,
+        )
         for field in settings
     ]
-    wrapped = [line for row in rows for line in hanging(*row, width, _LEAST_TEXT)]
-    if len(wrapped) <= most:
-        return wrapped
-    return [(label + text).truncate(width, ellipsis=True) for label, text in rows]
 
 
 def verdict_lines(
@@ -306,8 +305,8 @@ def verdict_lines(
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
     empty if none is in progress. ``place``: the device whose memory the run uses. ``assumed``: the verdict
-    for a GPU of the size that the user assumes, and the GPU's name; None if no size is assumed. Both are
-    shown after the run's memory.
+    for a GPU of the size that the user assumes, and the GPU's name; None if no size is assumed. It has a line
+    of its own below the run's memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -319,14 +318,14 @@ def verdict_lines(
     time = time_figure(checks, expected) if height >= _LARGE_HEIGHT else None
     large = [] if time is None else large_figures([time])
     can_train = _can_train(checks)
-    line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
-    fit = None if line is None else line.draw(width, 0)
-    if line is not None and assumed is not None and assumed[0] is not None:
-        other, room = FitLine("", assumed[0], place=assumed[1], can_train=can_train), width - len(_SEPARATOR)
-        fit = line.draw_short(room - other.draw_short(0).cell_length)
-        fit = Content(_SEPARATOR).join((fit, other.draw_short(room - fit.cell_length)))
+    verdicts = [] if verdict is None else [(_MEMORY, verdict, place)]
+    of_assumed, assumed_place = assumed or (None, "")
+    if verdicts and of_assumed is not None:
+        verdicts.append((" " * len(_MEMORY), of_assumed, assumed_place))
+    fits = [FitLine(*each, can_train=can_train).draw(width, 0) for each in verdicts]
     concluded = conclusion(checks, expected, width, with_time=time is None)
-    return [*concluded, *large, *_headline(expected, fit, probing, width), plan][:height]
+    memory = [*_headline(expected, next(iter(fits), None), probing, width), *fits[1:]]
+    return [*concluded, *large, *memory, plan][:height]
 
 
 def _can_train(checks: tuple[Check, ...]) -> bool:
