@@ -14,8 +14,10 @@ from textual.content import Content
 from textual.theme import Theme
 
 from qlora_tui import paths
+from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.tui.themes import DEFAULT, HUES, MIN_CONTRAST, contrast, load_themes, of_terminal
 from qlora_tui.tui.widgets.controls import ViList
+from tests.tui.chat_screen import finished
 from tests.tui.screen_assertions import segments_in_front, segments_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on
 
@@ -155,6 +157,22 @@ def test_a_theme_of_16_colors_names_nothing_else(name: str) -> None:
     for ground in ("background", "block-cursor-background", "block-cursor-blurred-background"):
         assert variables[ground] == "ansi_default"
     assert variables["block-cursor-text-style"] == "reverse"
+
+
+async def test_16_colors_show_the_field_of_chat_and_its_cursor() -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.theme = "terminal-dark"
+        await wait_for_text(pilot, "Type a message")
+        await pilot.press("i")
+        await wait_for_text(pilot, "Enter sends")
+        line = next(line for line in segments_of(app) if "ype a message" in "".join(one.text for one in line))
+        cursor, rest = (
+            next(one.style for one in line if one.text == text) for text in ("T", "ype a message")
+        )
+        assert cursor is not None and cursor.reverse and rest is not None and rest.underline
+        assert {color.name for color in (cursor.color, cursor.bgcolor) if color} <= {"default"}
 
 
 def test_the_users_theme_replaces_a_shipped_one_of_its_name() -> None:
