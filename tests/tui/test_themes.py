@@ -10,6 +10,7 @@ import pytest
 from rich.style import Style
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 from textual.color import Color
+from textual.command import CommandList
 from textual.content import Content
 from textual.theme import Theme
 
@@ -258,11 +259,12 @@ def is_in_palette(color: str) -> bool:
     return is_gray or all(part in XTERM_LEVELS for part in (red, green, blue))
 
 
-@pytest.mark.parametrize("no_color", ["", "1"])
+@pytest.mark.parametrize("no_color", [False, True])
 async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few(
-    monkeypatch: pytest.MonkeyPatch, no_color: str
+    monkeypatch: pytest.MonkeyPatch, no_color: bool
 ) -> None:
-    monkeypatch.setenv("NO_COLOR", no_color)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
     app = open_on("models", theme="terminal-dark")
     async with app.run_test(size=(80, 24)) as pilot:
         # The screen fills its list itself when it has read the models.
@@ -279,3 +281,13 @@ async def test_the_cursor_of_a_list_is_reversed_where_colors_are_few(
         assert all(style.reverse for style in here)
         # Reversed, the color of a text would be the background of a part of the row.
         assert {(style.color, style.bgcolor, style.dim) for style in here} == {(None, None, None)}
+        await pilot.press("ctrl+p")
+        await wait_for_text(pilot, "Filter the models by name")
+        await pilot.press("down")
+        commands = app.screen.query_one(CommandList)
+
+        def reversed_rows() -> list[bool]:
+            rows = [[style for text, style, _ in commands.render_line(y) if text] for y in range(3)]
+            return [all(style and style.reverse for style in row) for row in rows]
+
+        await wait_until(pilot, lambda: reversed_rows() == [False, True, False])
