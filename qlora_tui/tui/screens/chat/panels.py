@@ -35,6 +35,7 @@ from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import AIRY_CELLS
 from qlora_tui.tui.key_names import (
+    TITLE_GAP,
     bare_key,
     command_key,
     highlight_keys,
@@ -422,7 +423,7 @@ def history_lines(
 
 def prompt_title(text: str, tokens: int | None, *, is_typing: bool, is_suggested: bool) -> Content:
     """Return the title of the prompt field: the length of its text, if it has any, and the keys that work:
-    ``Message · 12 tokens  Enter sends  ^J starts a new line``.
+    ``Message · 12 tokens · Enter sends  ^J starts a new line``.
 
     Args:
         text: The text in the field.
@@ -442,4 +443,4 @@ def prompt_title(text: str, tokens: int | None, *, is_typing: bool, is_suggested
         hints.append(key_hint("^J", "starts a new line", "ctrl+j"))
         if is_suggested:
             hints.append(key_hint(bare_key("chat.leave"), "selects a suggestion", command_key("chat.leave")))
-    return Content("  ").join([title, *hints])
+    return TITLE_GAP.join([title, Content("  ").join(hints)] if hints else [title])

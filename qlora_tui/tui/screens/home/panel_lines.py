@@ -61,7 +61,6 @@ from qlora_tui.tui.screens.runs.run_list import short_name
 from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
-_CURVE_WIDTH = 24
 _LEAST_NAME, _MAX_NAME_WIDTH = 20, 44
 """Minimum and maximum width of a run's or model's name in the list of runs, in cells."""
 _FELL = "bold $validation"
@@ -396,16 +395,14 @@ def recipe_lines(
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
     if fit is not None:
-        head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        short = "" if refusal is None else f"  ✗ {CANNOT_TRAIN}"
-        room = width - head.cell_length - len(short)
-        # Compact lines share the width with the expected time.
-        line = head + fit.draw(0 if is_compact else room, _CURVE_WIDTH)
-        if refusal is not None:
-            reason = f"  ✗ {refusal_words(refusal)}"
-            has_room = not is_compact and line.cell_length + len(reason) <= width
-            line += Content.styled(reason if has_room else short, "$error")
-        memory = [line]
+        if is_compact:  # Compact lines share the width with the expected time.
+            reason = Content.styled("" if refusal is None else f"  ✗ {CANNOT_TRAIN}", "$error")
+            memory = [fit.draw(0, max_bar=0) + reason]
+        else:
+            head = Content.styled(f"{'memory':<{_LABEL}}", "dim")
+            memory = hanging(head, fit.draw_wrapped(width - _LABEL), width)
+            reason = Content.styled("" if refusal is None else f"✗ {refusal_words(refusal)}", "$error")
+            memory += hanging(Content(" " * _LABEL), reason, width) if reason else []
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
     if is_compact:

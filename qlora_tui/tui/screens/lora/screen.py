@@ -28,7 +28,7 @@ from qlora_tui.recipe.targets import (
     to_patterns,
 )
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.key_names import key_hint, settings_title
+from qlora_tui.tui.key_names import TITLE_GAP, key_hint, settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.adapter import (
     COSTS,
@@ -151,8 +151,8 @@ class LoraScreen(WorkScreen):
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
         text = ", ".join(recipe.lora.target_modules)
-        title = Content.assemble("Target modules", (f": {text}  ", "$foreground not bold"))
-        title += key_hint("←→", "layers")
+        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
+        title = TITLE_GAP.join((title, key_hint("←→", "layers")))
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)
