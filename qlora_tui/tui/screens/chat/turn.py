@@ -5,6 +5,7 @@ reasoning.
 from __future__ import annotations
 
 import time
+from functools import partial
 from uuid import uuid4
 
 from markdown_it import MarkdownIt
@@ -26,7 +27,7 @@ from qlora_tui.formatting import format_percent, format_speed, format_wait, plur
 from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
 from qlora_tui.tui.render.labels import error_content
 from qlora_tui.tui.render.meters import bar
-from qlora_tui.tui.widgets.controls import Panel
+from qlora_tui.tui.widgets.controls import Drawing, Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
 """Seconds between repaints of an answer, and of the line that stands for a folded thought. They are long
@@ -238,9 +239,9 @@ class ThoughtView(Vertical):
         )
 
 
-def decision_content(decided: Decided, width: int) -> Content:
+def decision_lines(decided: Decided, width: int, height: int) -> list[Content]:
     """Return bars with the probabilities of the options or, if the decision has fields, of the values of each
-    field. Improbable options are left out. Lines have at most ``width`` cells.
+    field. Improbable options are left out. Lines have at most ``width`` cells; ``height`` has no effect.
     """
     groups = decided.fields or {"": decided.options}
     shown = [
@@ -261,34 +262,7 @@ def decision_content(decided: Decided, width: int) -> Content:
         for name, (field, each) in zip(names, shown, strict=True)
     ]
     note = [] if decided.is_calibrated else [Content.styled("not calibrated", "dim")]
-    return Content("\n").join([*lines, *note])
-
-
-class DecisionBars(Static):
-    """Bars with the probabilities of labels; hidden until the probabilities are known."""
-
-    DEFAULT_CSS = """
-    DecisionBars {
-        height: auto;
-        display: none;
-        text-wrap: nowrap;
-    }
-    """
-    _decided: Decided | None = None
-
-    def show(self, decided: Decided) -> None:
-        """Show the probabilities of this decision."""
-        self._decided = decided
-        self.display = True
-        self._draw()
-
-    def on_resize(self) -> None:
-        """Redraw the bars for the new width."""
-        self._draw()
-
-    def _draw(self) -> None:
-        if self._decided is not None and (width := self.content_size.width):
-            self.update(decision_content(self._decided, width))
+    return [*lines, *note]
 
 
 class AdapterAnswer(Panel):
@@ -300,6 +274,10 @@ class AdapterAnswer(Panel):
     }
     AdapterAnswer Static {
         height: auto;
+    }
+    AdapterAnswer .decision {
+        height: auto;
+        display: none;
     }
     """
 
@@ -319,7 +297,7 @@ class AdapterAnswer(Panel):
     def compose(self) -> ComposeResult:
         yield self._thought
         yield StreamingMarkdown(id="answer")
-        yield DecisionBars()
+        yield Drawing(classes="decision")
         note = Static("", classes="answer-note")
         note.display = False
         yield note
@@ -387,7 +365,9 @@ class AdapterAnswer(Panel):
 
     def show_decision(self, decided: Decided) -> None:
         """Show the probabilities of this decision below the answer."""
-        self.query_one(DecisionBars).show(decided)
+        bars = self.query_one(".decision", Drawing)
+        bars.show(partial(decision_lines, decided))
+        bars.display = True
 
     def show_judgment(self, judgment: str) -> None:
         """Show the user's judgment, ``better`` or ``edited``, in the title. An empty text removes the
