@@ -215,9 +215,8 @@ async def test_tokens_of_a_prompt_are_estimated_and_counted_once_the_model_is_lo
         engine = with_fake_engine(screen)
         await pilot.press("i", *"one two three")
         screen.conversation.ready = None
-        await pilot.app.workers.wait_for_complete()
-        assert not engine.asked
         await wait_for_text(pilot, "Message · about 3 tokens")
+        assert not engine.asked
         screen.conversation.ready = READY
         await pilot.press("space", *"four")
         await wait_for_text(pilot, "Message · 4 tokens")

@@ -55,7 +55,7 @@ async def test_marked_rows_are_left_out_and_the_run_queued(
         await wait_for_text(pilot, "1 waiting", "undo")
         queued = next(run for run in all_runs() if run.id != "tickets-1")
         assert queued.recipe().data.sources[0].excluded_rows == "7, 9"
-        assert app.workbench.recipe.data.sources[0].excluded_rows == "7, 9"
+        await wait_until(pilot, lambda: app.workbench.recipe.data.sources[0].excluded_rows == "7, 9")
         await pilot.press("u")
         assert app.workbench.recipe.data.sources[0].excluded_rows == ""
 
@@ -80,7 +80,7 @@ async def test_rows_of_a_folder_are_left_out_of_their_file(
         await wait_for_text(pilot, "b.jsonl:7")
         await pilot.press("x")
         await wait_for_text(pilot, "1 waiting", "undo")
-        assert app.workbench.recipe.data.sources[0].excluded_rows == "b.jsonl: 7"
+        await wait_until(pilot, lambda: app.workbench.recipe.data.sources[0].excluded_rows == "b.jsonl: 7")
 
 
 async def test_leaving_the_app_ends_the_measurement(
