@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from rich.color import Color as RichColor
 from textual.app import App, ComposeResult
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import Screen
+from textual.scrollbar import ScrollBar
 from textual.widgets import Static
 from textual.widgets.option_list import Option
 
@@ -194,3 +196,10 @@ async def test_a_notification_leaves_the_footer_in_view(private_home: Path) -> N
         lines = (await wait_for_text(pilot, "A long notification.")).splitlines()
         assert "^P Palette" in lines[-1] and "? Help" in lines[-1]
         assert "notification" in lines[-2]
+
+
+@pytest.mark.parametrize(("background", "lines"), [("default", 6), ("#303030", 0)])
+def test_the_track_of_a_scroll_bar_is_seen_on_the_terminals_background(background: str, lines: int) -> None:
+    back, bar = RichColor.parse(background), RichColor.parse("white")
+    drawn = ScrollBar.renderer.render_bar(10, 50, 20, 0, vertical=True, back_color=back, bar_color=bar)
+    assert [segment.text for segment in drawn.segments].count("│") == lines
