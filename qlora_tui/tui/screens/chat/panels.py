@@ -309,7 +309,10 @@ class ChatMain(Vertical):
         if chat.is_new:
             needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
             needed += drawing.gutter.height
+        elif chat.virtual_size.height > chat.size.height:
+            needed = chat.virtual_size.height
         else:
+            # Textual knows the regions only of turns in view. A virtual size is at least the size.
             regions = [each.virtual_region_with_margin for each in chat.children if each.display]
             needed = max((each.bottom for each in regions), default=0)
         self._free_rows = rows - needed - HEADING_ROWS
