@@ -66,15 +66,19 @@ def _checkpoint_steps(source: ChatSource) -> list[int]:
 
 
 def adapter_label(adapter_name: str) -> str:
-    """Return an adapter's name as the app shows it: ``step 1,200`` for a checkpoint."""
+    """Return the label of an adapter: ``step 1,200`` for a checkpoint, and the name for any other adapter."""
     step = checkpoint_step(adapter_name)
     return adapter_name if step is None else f"step {step:,}"
 
 
 def proposed_adapter(source: ChatSource, summary: RunSummary) -> str:
-    """Return the name of the adapter that the app proposes for a run: a saved checkpoint that is notably
-    better than the last weights; without one, the final adapter, the newest checkpoint or an exported GGUF
-    file, whichever there is first, or else the base model. ``summary``: summary of the run.
+    """Return the name of the adapter that the app proposes for a run: the first of the following that exists.
+
+    1. the saved checkpoint that is notably better than the last weights (:func:`better_checkpoint`)
+    2. the final adapter
+    3. the newest checkpoint
+    4. an exported GGUF file
+    5. the base model
     """
     better = better_checkpoint(summary, _checkpoint_steps(source))
     if better is not None:

@@ -133,7 +133,8 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def better_weights(run: RunDir, verb: str) -> str:
-    """Return a hint if the last weights are notably worse than those of a checkpoint; otherwise empty.
+    """Return a hint on ``--checkpoint`` if the last weights are notably worse than those of a saved
+    checkpoint; otherwise, return an empty text.
 
     ``verb``: what the command does with the weights, such as ``export``.
     """

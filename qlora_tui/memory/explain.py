@@ -62,12 +62,13 @@ def verdict_word(verdict: Verdict, *, can_train: bool = True) -> str:
 
 
 def fit_texts(verdict: Verdict, place: str = "", *, can_train: bool = True) -> tuple[str, ...]:
-    """Return wordings of a verdict with its figures, from the most detailed to the shortest:
-    ``fits: uses ~9.5 of 12.0 GiB (RTX 3060), needs at least 6.4``, ``fits: uses ~9.5 of 12.0 GiB``.
+    """Return four wordings of a verdict with its figures, from the most detailed one, such as
+    ``fits: uses ~9.5 of 12.0 GiB (RTX 3060), needs at least 6.4``, to the shortest one, such as
+    ``fits: uses ~9.5 of 12.0 GiB``. The second one lacks only the device, and the third one only the minimum.
 
     Args:
-        verdict: The verdict. The figure is the memory that a run will use. If this memory is unknown, or if
-            the recipe is not certain to fit, the figure is the memory that a run needs at least.
+        verdict: The verdict. The first figure is the memory that a run will use. If this memory is unknown,
+            or if the recipe is not certain to fit, the first figure is the memory that a run needs at least.
         place: Name of the device with the available memory; empty to leave it out.
         can_train: Whether the model can be trained.
     """

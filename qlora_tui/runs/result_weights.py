@@ -39,9 +39,9 @@ def better_step(
 
 
 def better_checkpoint(summary: RunSummary, saved: Collection[int]) -> int | None:
-    """Return the step of a saved checkpoint that is notably better than the last weights; None if there is
-    none. Chat and Export propose this checkpoint instead of the final adapter. The adapter of a run that
-    ended early is not compared, because it may be from the best step.
+    """Return the step of the saved checkpoint that is notably better than the last weights; None if there is
+    no such checkpoint. Chat and Export propose this checkpoint instead of the final adapter. For a run with
+    ``ended_early``, the result is None, because its final adapter may already be from the best step.
 
     ``saved``: steps of the saved checkpoints.
     """

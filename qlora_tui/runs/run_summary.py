@@ -116,8 +116,9 @@ class RunSummary:
 
     @property
     def ended_early(self) -> bool:
-        """Whether the run finished before its last step. The adapter is then from the best step if its
-        checkpoint was intact, and the trainer's reason says which.
+        """Whether the run finished for a reason other than that all steps were done: before its last step, or
+        with early stopping, which takes the adapter from the best step if the checkpoint of this step is
+        intact. In the latter case, the reason says which step the adapter is from.
         """
         return self.status.state == "finished" and self.status.detail not in ("", ALL_STEPS_DONE)
 

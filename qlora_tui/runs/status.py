@@ -265,10 +265,11 @@ def _silence(beat_at: float) -> str:
 
 
 def is_stranded(run: RunDir) -> bool:
-    """Return whether the run's last recorded state is queued although it is not in the queue.
+    """Return whether the run's recorded state is ``queued`` although the run is not in the queue or, if it
+    was submitted to a cluster, although no job waits for it.
 
-    This is also true for the moment in which another process queues the run, unless the caller has locked
-    the queue.
+    Unless the caller holds the lock of the queue, the result can also be True while another process is adding
+    the run to the queue.
     """
     if submission_of(run) is not None:
         return recorded_status(run).state == "queued" and read_status(run).state == "stopped"

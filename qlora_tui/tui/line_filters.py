@@ -151,8 +151,8 @@ def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
 
 
 class DimFilter(LineFilter):
-    """Makes all text dim, without color and other attributes. Backgrounds are kept, except those of reversed
-    text.
+    """Makes all text dim, and removes its color and other attributes. Background colors are kept, except
+    under reversed text.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:

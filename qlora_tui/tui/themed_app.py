@@ -22,7 +22,7 @@ from qlora_tui.tui.terminal_app import TerminalApp
 _HALF = 0.5
 _LINE = "│"
 _TRACK = Style(color=RichColor.parse("bright_black"))
-"""Style of the line that shows the track of a scroll bar. Without color, bright black is dim."""
+"""Style of the line that shows the track of a scroll bar. Without color, bright black is shown as dim."""
 
 
 class LineTrack(ScrollBarRender):
@@ -39,7 +39,7 @@ class LineTrack(ScrollBarRender):
 
 
 def _with_line(text: str, style: Style | None, control: Any) -> Segment:
-    """Return a segment of a scroll bar with the line of the track, if the segment is a part of the track."""
+    """Return a segment of a scroll bar. If the segment is a part of the track, draw the line in it."""
     is_thumb = text.strip() or (style is not None and style.reverse)
     return (
         Segment(text, style, control) if is_thumb else Segment(_LINE * len(text), (style or Style()) + _TRACK)

@@ -9,12 +9,13 @@ from typing import Literal
 from textual.content import Content
 
 Look = Literal["line", "thin", "dotted", "points"]
-"""How a curve is drawn. ``line``: a line of braille dots, two dots thick. ``thin``: a line of single dots.
-``dotted``: a dot in every other column of dots, over other lines; not drawn in a low graph. ``points``: a dot
-for each value, without a line.
+"""How a curve is drawn. ``line``: a line of braille dots, two dots thick in a high graph and one dot in a low
+graph. ``thin``: a line one dot thick. ``dotted``: a line with dots only in every other column of dots, drawn
+over other lines; not drawn in a low graph. ``points``: dots for the lowest and the highest value at each x,
+without a line.
 """
 DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Width and height of a braille character in dots. Curves and marks are drawn with these dots."""
+"""Width and height of a braille character in dots. Curves are drawn with these dots."""
 _DASH = 2
 """Length of a dash, in cells. Lines that share cells are drawn as dashes of alternating colors."""
 _BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))

@@ -285,8 +285,8 @@ class FitLine:
         return self._colored(text, cells if max_bar is None else min(cells, max_bar))
 
     def draw_wrapped(self, width: int) -> Content:
-        """Return the line without a bar. If the line does not fit ``width``, what a run needs at least is in
-        a second line.
+        """Return the line without a bar. If the line does not fit ``width``, the memory that a run needs
+        at least is on a second line.
         """
         least = self._texts[0].removeprefix(self._texts[2]).removeprefix(", ")
         line = self.draw(width, 0)
@@ -300,8 +300,8 @@ class FitLine:
 
 
 def fit_title(name: str, verdict: Verdict, width: int, *, can_train: bool) -> Content:
-    """Return a title with a recipe's memory: ``NF4 fits``, and in a muted color what a run uses and, if it
-    fits ``width``, what it needs at least.
+    """Return a title with a recipe's memory: ``name`` and the verdict, such as ``NF4 fits``, followed in a
+    muted color by the memory that a run uses and, if there is room, the memory that it needs at least.
     """
     word, style = verdict_words(verdict, can_train=can_train)
     *longer, shortest = fit_texts(verdict, can_train=can_train)
@@ -409,7 +409,7 @@ def verdict_content(verdict: RunVerdict) -> Content:
 
 def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
     """Return ``▌`` in the color that :func:`result_label` gives the run, for the left edge of lines that also
-    name the run's state or defect. Without colors, it would say nothing, so do not draw it then.
+    name the run's state or defect. Do not draw the bar on a terminal without color, where it has no meaning.
     """
     return Content.styled("▌", result_label(status, defect)[2])
 

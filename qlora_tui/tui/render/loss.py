@@ -52,7 +52,7 @@ SMOOTHED = "smoothed"
 STEP_DOTS = "· step"
 """Legend item for the loss of each step."""
 VALIDATION = "○"
-"""Symbol of an evaluation."""
+"""Symbol of an evaluation in charts."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
 """Style of the dots for single steps, which are less visible than the smoothed curve."""
@@ -340,22 +340,24 @@ def _change_bar(part: float, width: int) -> str:
 def validation_lines(
     evaluations: Sequence[tuple[int, float, str]], best_step: int | None, width: int, height: int
 ) -> list[Content]:
-    """Return a header line, and a line for each evaluation, newest first. A line has the loss, and its change
-    since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
-    the newest and the best are shown. With at least three lines for evaluations, the last one then has the
-    number of the others and, if the first evaluation is not shown, its loss.
+    """Return a header line, and a line for each evaluation, newest first. A line has the step, the loss, and
+    the change since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not
+    all evaluations fit, the best and the newest ones are shown. With at least three lines for evaluations,
+    the last line then gives the number of the evaluations left out and, if the first evaluation is one of
+    them, its loss.
 
     A full bar stands for the largest change in the lines that are shown. If the first change of the run is
-    more than :data:`_OUTLIER` times as large as the others, it is not counted, since the bars of the others
-    would all look alike; its bar is then clipped (``CLIPPED``). A full bar stands for a notable rise at
-    least, so that tiny changes have tiny bars. The bar of a rise begins with ``▲``, so that it can be
-    distinguished from the bar of a fall even without color.
+    more than :data:`_OUTLIER` times as large as each of the others, a full bar stands for the largest of the
+    others, since their bars would otherwise all look alike, and the bar of the first change is clipped
+    (``CLIPPED``). A full bar never stands for less than a notable rise, so that tiny changes have tiny bars.
+    The bar of a rise begins with ``▲``, so that it can be distinguished from the bar of a fall even without
+    color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
         best_step: Step of the best evaluation, whose line is always shown; None if there is none.
         width: Width of the lines, in cells.
-        height: Maximum number of lines. If it is 1, the header line is left out.
+        height: Maximum number of lines. If it is 1 and there is an evaluation, the header line is left out.
     """
     losses = [round(loss, 3) for _, loss, _ in evaluations]
     changes = [math.nan, *(after - before for before, after in pairwise(losses))]

@@ -78,7 +78,7 @@ class Axis:
     high: float
     unit: str = ""
     named: float | None = None
-    """The value whose label has the unit; ``high`` if None."""
+    """The value whose label includes the unit; ``high`` if None."""
 
     def place(self, value: float, cells: int) -> int:
         """Return the index of the cell that contains a value, if the axis is divided into ``cells`` cells.
@@ -143,11 +143,12 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
-    """Return the axis of a run's steps: from ``start``, which is at least 0, to a round number at or shortly
-    after ``done``, the last finished step, whose label has the unit.
+    """Return the axis of a run's steps. The axis begins at ``start``, which must not be negative, and ends at
+    a round number at or shortly after ``done``, the last finished step. The label of ``done`` includes the
+    unit.
 
-    The end is at most a few percent after ``done``, but at least ten steps after ``start``. Because the end
-    is round, the axis does not change at every step. The axis does not extend beyond ``total``, unless
+    The end exceeds ``done`` by at most a few percent, but is at least ten steps after ``start``. Because the
+    end is round, the axis does not change at every step. The axis does not extend beyond ``total``, unless
     ``total`` is less than ``done`` or ``start + 1``.
     """
     grain = max(1.0, tick_step(0.0, max(done - start, _FEW_STEPS), _END_GRAINS))
@@ -227,7 +228,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A symbol, one character, in the cell of the point (``x``, ``y``) of a graph."""
+    """A symbol of one character, drawn in the cell that contains the point (``x``, ``y``) of a graph."""
 
     x: float
     y: float
@@ -462,7 +463,7 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
 
 def _set_label(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
     """Write the label of a curve next to its right end or, if there is no room, next to its left end. Without
-    room at either end, the label is left out. A label has no room over lines, marks and other labels.
+    room at either end, the label is left out. A label must not cover lines, marks or other labels.
     """
     points = list(zip(curve.envelope.xs, curve.envelope.lows, strict=True))
     for place, value in (points[-1], points[0]) if curve.label and points else ():
@@ -476,7 +477,9 @@ def _set_label(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _set_marks(canvas: Canvas, what: Plot) -> None:
-    """Draw the marks, the last one over those before it."""
+    """Draw the marks in order, so that later marks cover earlier ones. A mark outside the x axis, or one that
+    :attr:`Plot.has_all_marks` describes as too close to another, is left out.
+    """
     newest: dict[str, int] = {}
     for mark in what.marks:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
@@ -503,8 +506,9 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 def _foot(what: Plot, gutter: int, columns: int) -> Content:
     """Return the line below the graph: the scale of x, with as many labels as fit. If the axis has a unit,
-    the label of the value ``Axis.named`` has it: ``step 95``. This label is at the end of the axis if it is
-    then still below its value, so that it stays in place while the value grows.
+    the label of :attr:`Axis.named` includes the unit: ``step 95``. If this label, aligned with the end of the
+    axis, covers the column of its value, the label is placed there, so that it does not move while the value
+    grows.
     """
     x, most, text = what.x, max(1, columns // 12), " " * columns
     named = []

@@ -57,18 +57,20 @@ class CancelsWorkersFirst(Widget):
 
 
 class DimsScreenBehind(Widget):
-    """Mixin for a dialog. If there are not enough colors for a translucent background, which dims the screen
-    behind the dialog (``app.tcss``), this screen is shown in dim text.
+    """Mixin for a dialog that dims the screen behind it. With enough colors, a translucent background dims
+    that screen (``app.tcss``). Otherwise, this mixin draws the text of that screen dim.
     """
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Return the filters for the lines that the dialog draws itself, which are the screen behind it."""
+        """Return the filters for the lines that this widget itself draws. They show the screen behind the
+        dialog; the contents of the dialog are drawn by its children.
+        """
         filters = super().get_line_filters()
         return filters if self.app.has_class("-surfaces") else (*filters, _DIM)
 
 
 class Dialog(ModalScreen[Answer], DimsScreenBehind):
-    """A screen in a frame over another screen, which stays in view."""
+    """A framed screen over another screen, which remains visible."""
 
 
 class OnQloraApp(Widget):

@@ -70,7 +70,7 @@ WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
 
 
 class ReversingList(OptionList):
-    """A list with a reversed cursor if the theme has at most 16 colors."""
+    """A list whose cursor is drawn in reverse video if the theme has at most 16 colors."""
 
     def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
         """Return the style of the list's lines for these component classes, including ``reverse``.
@@ -82,8 +82,8 @@ class ReversingList(OptionList):
         return style + VisualStyle(reverse=True) if is_reversed else style
 
     def render_line(self, y: int) -> Strip:
-        """Return a line of the list. A reversed line is in two colors only, because with ``reverse`` the
-        color of a text becomes its background.
+        """Return a line of the list. A reversed line has only two colors, because ``reverse`` would turn each
+        color of its text into a background color.
         """
         strip = super().render_line(y)
         if not all(style and style.reverse for _, style, _ in strip):
@@ -488,13 +488,13 @@ add_border("rule-keys", ((" ", "─", " "), (" ", " ", " "), (" ", "─", " ")),
 
 
 def is_covered(screen: Screen[Any]) -> bool:
-    """Return whether the screen is behind a dialog. It is visible then, but its keys do nothing."""
+    """Return whether the screen is behind a dialog. Such a screen is visible, but its keys do nothing."""
     return screen.is_current and not screen.is_active
 
 
 def holds_focus(widget: Widget) -> bool:
-    """Return whether the widget or one of its descendants is the one that the screen has focused, even if a
-    dialog covers the screen.
+    """Return whether the screen's focused widget is this widget or one of its descendants, even if a dialog
+    covers the screen.
     """
     focused = widget.screen.focused
     return focused is not None and widget in focused.ancestors_with_self
@@ -506,8 +506,8 @@ class Panel(Vertical):
     Only the panel with the focus has a frame, which is double on terminals without color. While a dialog
     covers the screen, no panel has a frame. Other panels are tinted surfaces or, with at most 16 colors, have
     a rule at the top and, if they have keys, at the bottom (``app.tcss``). The contents of a panel take the
-    same cells with and without the focus. In windows smaller than 100×30 cells (``breakpoints``), panels are
-    stacked and have only a rule across the whole width, and their keys are in the footer. A panel that is
+    same cells with and without the focus. In windows with fewer than 100 columns or 30 rows
+    (``breakpoints``), a panel has only a rule at the top, and its keys are in the footer. A panel that is
     ``empty`` takes one line.
     """
 
@@ -611,9 +611,7 @@ class Panel(Vertical):
         return not self._is_covered and super().has_focus_within
 
     def _show_covered(self) -> None:
-        """Remove the frame of the focus when a dialog covers the screen, and restore it when the dialog
-        closes.
-        """
+        """Remove the focus frame when a dialog covers the screen, and restore it when the dialog closes."""
         covered = is_covered(self.screen)
         if covered != self._is_covered:
             self._is_covered = covered

@@ -156,7 +156,7 @@ class SettingList(LineView):
 
     @property
     def groups_from_cursor(self) -> tuple[SettingGroup, ...]:
-        """The group that the cursor is on or in, and the groups below it."""
+        """The group that the cursor is on or in, and the groups below it that apply to the current values."""
         below = self._groups[self._groups.index(self.group) + 1 :]
         return (self.group, *(each for each in below if self._values is None or each.applies(self._values)))
 

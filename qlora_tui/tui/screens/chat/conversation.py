@@ -66,11 +66,10 @@ class AdapterPair:
 
     @classmethod
     def of(cls, adapter_names: tuple[str, ...], proposed: str = BASE) -> AdapterPair:
-        """Return the pair of the base model (left) and the ``proposed`` adapter (right), which is the base
-        model if the run has no adapter.
+        """Return the pair of the base model (left) and the ``proposed`` adapter (right). If ``proposed`` is
+        the base model, because the run has no adapter, the base model answers alone.
 
-        ``adapter_names``: names of the base model, of the run's adapters, newest first, and of the run's GGUF
-        files.
+        ``adapter_names``: names of everything that can answer, as in :attr:`ChatSource.answer_names`.
         """
         return cls(adapter_names, BASE, proposed, "left" if proposed == BASE else "both")
 
@@ -86,8 +85,8 @@ class AdapterPair:
         return self.left == self.right
 
     def next_answers(self) -> AdapterPair:
-        """Return the pair with the next choice of who answers: both adapters, only the right-hand one, only
-        the left-hand one, both again. A :attr:`single` pair does not change.
+        """Return the pair with the next choice of which adapters answer: after both, only the right-hand one;
+        then only the left-hand one; then both again. A :attr:`single` pair does not change.
         """
         following = {"both": "right", "right": "left", "left": "both"}
         return self if self.single else replace(self, shown=following[self.shown])
@@ -184,7 +183,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         Args:
             source: None if there is nothing to chat with.
             run: None for a model without a run.
-            adapter_name: The adapter that answers next to the base model; the base model if it is alone.
+            adapter_name: The adapter that answers next to the base model; ``BASE`` if the base model answers
+                alone.
         """
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model

@@ -84,7 +84,7 @@ TIPS = (
     ),
     ("reuse", "{chat.copy} copies the last answer, and {chat.serve} serves the model to other programs."),
 )
-"""(label, sentence) pairs on what the user can do with answers. A placeholder, such as ``{chat.effect}``,
+"""(label, sentence) pairs about what the user can do with answers. A placeholder, such as ``{chat.effect}``,
 stands for the key of a command.
 """
 _MIN_NAME_WIDTH = 16
@@ -99,8 +99,8 @@ _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, start: ChatStart, state: str, width: int) -> Content:
-    """Return a line with the name of the run or model, its adapters, and the state. ● precedes the adapters
-    that answer, and ○ the others.
+    """Return a line with the name of the run or model, the selected adapters, and the state. ``●`` precedes
+    an adapter that answers, and ``○`` one that does not.
 
     If the line is too long, the middle of the name is left out.
     """
@@ -193,7 +193,7 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def has_default_settings(chat: Conversation) -> bool:
-    """Return whether adapters answer with default settings, and no answer was judged."""
+    """Return whether all settings of the conversation have their defaults, and no answer was judged."""
     is_changed = chat.thinking != "auto" or chat.sampling != Sampling()
     return not is_changed and not chat.system_prompt and not any(chat.choice_counts.values())
 
@@ -290,8 +290,8 @@ class ChatMain(Vertical):
 
     def _fit(self) -> None:
         """Divide the rows between the conversation, which is as tall as its contents if they fit, and the
-        starter prompts below it. While an answer grows, the conversation has rows for the next growth, so
-        that no scroll bar appears in between.
+        starter prompts below it. While an answer is being generated, the conversation may be
+        :data:`GROWTH_ROWS` taller than its contents, so that no scroll bar appears before the next layout.
         """
         try:
             drawing, panel = self.query_one("#chat-start", Drawing), self.query_one("#chat-panel")

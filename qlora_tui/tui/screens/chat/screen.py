@@ -241,8 +241,8 @@ class ChatScreen(WorkScreen):
     # Which adapters, and how they answer
 
     def action_next_answers(self) -> None:
-        """Switch between the answers of both adapters side by side, only those of the right-hand adapter, and
-        only those of the left-hand one.
+        """Switch which adapters answer the next prompt: both side by side, only the right-hand one, or only
+        the left-hand one.
         """
         self._choose(self.conversation.pair.next_answers())
 

@@ -49,8 +49,8 @@ from qlora_tui.tui.widgets.controls import HEADING, ViList
 _MAX_OF_KIND = 24
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MOST = 4, 24
-"""Minimum number of starter prompts before the first message, and maximum number. Between these limits, there
-are as many prompts as free rows.
+"""Minimum number of starter prompts before the first message, and maximum number at any time. Between these
+limits, there are as many prompts as free rows.
 """
 _LATER, _LATER_IF_TALL = 1, 3
 """Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
@@ -121,7 +121,7 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> Cha
 
 def _validation_answers(recipe: Recipe, summary: RunSummary) -> list[RecordedAnswers]:
     """Return the first validation questions, with the answers that the run's evaluation recorded. If the app
-    proposes a checkpoint, the answers of the final adapter are named by the step of its weights.
+    proposes a checkpoint, the answers of the final adapter are labeled with the step of its weights.
     """
     evaluation = read_task_evaluation(summary.run)
     better = better_checkpoint(summary, dict(summary.run.checkpoints()))

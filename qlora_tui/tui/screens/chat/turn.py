@@ -240,8 +240,9 @@ class ThoughtView(Vertical):
 
 
 def decision_lines(decided: Decided, width: int, height: int) -> list[Content]:
-    """Return bars with the probabilities of the options or, if the decision has fields, of the values of each
-    field. Improbable options are left out. Lines have at most ``width`` cells; ``height`` has no effect.
+    """Return a bar with the probability of each option or, if the decision has fields, of each value of each
+    field. Of the options after the second, improbable ones are left out. A decision that is not calibrated
+    has a note in the last line. Lines have at most ``width`` cells; ``height`` has no effect.
     """
     groups = decided.fields or {"": decided.options}
     shown = [
@@ -434,9 +435,9 @@ def outcome_words(outcome: GenerationResult) -> str:
 class Answers(Horizontal):
     """The answers of a turn, side by side.
 
-    While an answer is being generated, the height is rounded up to a multiple of :data:`GROWTH_ROWS`. The
-    end of the conversation is above the suggestions and the field, so each additional row moves and repaints
-    other rows.
+    While an answer is being generated, the height is rounded up to a multiple of :data:`GROWTH_ROWS`.
+    Otherwise, each additional row would move and repaint other rows, such as the suggestions below the
+    conversation.
     """
 
     DEFAULT_CSS = """

@@ -66,16 +66,16 @@ _ROW_CELLS, _ROW_LINES = 62, 12
 
 @dataclass(frozen=True)
 class TokenStyles:
-    """Styles of tokens: tokens to learn stand out, control tokens are in italics, and dim if they are only
-    read. Other tokens that are only read have no style.
+    """Styles of tokens. Tokens to learn stand out. Control tokens are in italics; those that are only read
+    are also dim. Other tokens that are only read have no style.
     """
 
     learned: str
 
     @classmethod
     def of(cls, app: App[Any]) -> TokenStyles:
-        """Return the styles for the app's theme. Tokens to learn are on a tinted background or, if the theme
-        has no tints, in the color of training; without color, they are only bold.
+        """Return the styles for the app's theme. Tokens to learn are bold, and have a tinted background or,
+        if the theme has no tints, the training color. Without color, they are only bold.
         """
         return cls("bold $training" if lacks_shades(app) else "bold on $training 30%")
 

@@ -33,8 +33,8 @@ class HomeState:
     last_checkpoint: int = 0
     """Step of the last run's newest intact checkpoint; 0 if there is none."""
     last_weights: str = ""
-    """The weights that Chat and Export propose for the last run, such as ``step 640 (best)``; empty if the
-    step of the weights is unknown.
+    """The weights that Chat and Export propose for the last run, such as ``step 640 (best)``; empty unless
+    the run ended because all steps were done.
     """
     last_total_steps: int = 0
     """Number of steps of the last run; 0 if unknown."""

@@ -384,12 +384,13 @@ def recipe_lines(
 
     Args:
         workbench: The recipe.
-        budget: The memory that the recipe must fit.
+        budget: The memory that the recipe is compared with.
         refusal: Why the model cannot be trained; None if it can be.
         expected: The forecast of a run; None if unknown.
         width: Width of a line, in cells.
         is_compact: Whether to use as few lines as possible. If not, each item has its own line.
-        is_quiet: Whether a run is active, which must stand out. There are then at most two compact lines.
+        is_quiet: Whether a run is active, which must stand out. With ``is_compact``, there are then at most
+            two lines.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -509,8 +510,8 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
 
 
 def _shortage(expected: Forecast, width: int) -> list[Content]:
-    """Return a warning if the run has too few steps to learn much, with the key of the screen that fixes
-    this; no lines if it has enough.
+    """If the run has too few steps to learn much, return a warning, with the key of the screen on which the
+    user can fix this. Otherwise, return no lines.
     """
     words = expected.length.shortage
     if not words:

@@ -261,7 +261,7 @@ class HomeReader:
 
 def _proposed_weights(summary: RunSummary) -> str:
     """Return the weights that Chat and Export propose for a run, such as ``step 640 (best)``; empty unless
-    the run trained all its steps.
+    the run ended because all steps were done.
     """
     if summary.status.state != "finished" or summary.ended_early:
         return ""

@@ -482,7 +482,7 @@ def choice_lines(
         with_bars: Whether bars may be drawn.
         is_even: Whether bars have blocks instead of textures.
         width: Width of a line, in cells.
-        height: Number of lines that are in view.
+        height: Number of visible lines. A table may have more.
     """
     bars = _choice_bars(costs, is_even, width, height) if with_bars else []
     return bars or _choice_table(costs, width)
@@ -492,8 +492,8 @@ def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, heigh
     """Return a group of lines for each choice of targets, and a legend; an empty list if they do not fit.
 
     A group has a line for each rank, with parameters, size on disk, and a bar of the memory, divided as on
-    the Memory screen. Groups are side by side if ``height`` requires it. If there is room, lines have a blank
-    line between them.
+    the Memory screen. Groups are side by side if they do not fit ``height`` below each other. If there is
+    room, a blank line separates the lines of a group.
     """
     most, limit = max(cost.estimate.total_bytes for cost in costs), costs[0].verdict.available_bytes
     full_bytes = most if is_far_above(limit, most) else limit
@@ -529,7 +529,7 @@ def _group_lines(
 ) -> list[Content]:
     """Return lines for one choice of targets: a heading, followed by a line for each rank. Each line is
     ``width`` cells wide. ``full_bytes`` and ``most_bytes``: the scale, as in :func:`stacked_bar`.
-    ``is_spaced``: whether a blank line divides the ranks.
+    ``is_spaced``: whether a blank line separates the ranks.
     """
     heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  needs"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]

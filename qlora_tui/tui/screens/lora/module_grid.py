@@ -433,7 +433,8 @@ class ModuleGrid(Widget, can_focus=True):
 
     def _share_bar(self, index: int) -> str:
         """Return a bar for a kind's share of all trained parameters. The first row, which is for all kinds,
-        has no bar. If all layers of all kinds are adapted, the first row says so in place of a bar.
+        has no bar. If the grid is uniform (``_is_uniform``), the first row has a text such as ``all 28
+        layers`` in place of a bar.
         """
         if self._is_uniform and not index:
             return f" {self._all_layers}".ljust(self._bar_cells)[: self._bar_cells]

@@ -69,12 +69,12 @@ class BarPart:
 
     name: str
     texture: str
-    """Character that fills a cell on a terminal with few colors: the denser, the more the part depends on
-    settings.
+    """Character that fills a cell on a terminal with few colors. Parts that depend more on settings have
+    denser characters.
     """
     hue: str
     strength: int
-    """Strength of the color in percent, on a terminal with shades."""
+    """Opacity of the color in percent, on a terminal with shades."""
     keys: frozenset[str]
 
     def drawn(self, *, is_even: bool, block: str = STACKED) -> tuple[str, str]:
@@ -154,12 +154,14 @@ def stacked_bar(
     is_even: bool = False,
     used_bytes: int = 0,
 ) -> Content:
-    """Return a line of ``width`` cells with a bar and its track, whose full length stands for ``full_bytes``.
+    """Return a line of ``width`` cells with a bar and its track. The full length of the track stands for
+    ``full_bytes``.
 
-    Each part that needs memory has at least one cell. Parts of equal size are equally long in all bars of one
-    scale, except the last part, which makes up for the rounding of the others. The bar of an estimate larger
-    than ``full_bytes`` ends where the track ends, with ``▶`` and the size relative to ``full_bytes``, such as
-    ``▶128%``.
+    The bar of an estimate larger than ``full_bytes`` is cut at the end of the track, and ends with ``▶`` and
+    the size relative to ``full_bytes``, such as ``▶128%``. In other bars, each part that needs memory has at
+    least one cell. Parts of equal size are equally long in all bars of one scale, with two exceptions: the
+    last part makes up for the rounding of the others, and the longest part is shortened if the bar would
+    otherwise be longer than the track.
 
     Args:
         estimate: The estimate.
@@ -168,7 +170,8 @@ def stacked_bar(
             room for a percentage on its right.
         width: Width of the line, in cells.
         is_even: Whether the bar has blocks instead of textures.
-        used_bytes: What a run will use; a dashed line marks the part that exceeds the estimate.
+        used_bytes: Memory that a run will use; 0 if unknown. A dashed line marks the part that exceeds the
+            estimate.
     """
     sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
     share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
@@ -206,8 +209,8 @@ def precision_bars(
     is_even: bool = False,
     used_bytes: int = 0,
 ) -> list[Content]:
-    """Return a line for each precision: ``› NF4  ░░▚█▒╌╌···   12.3 GiB fits  ◂ recipe``. ``used_bytes``: what
-    a run of the recipe will use.
+    """Return a line for each precision: ``› NF4  ░░▚█▒╌╌···   12.3 GiB fits  ◂ recipe``. ``used_bytes``:
+    memory that a run of the recipe will use; 0 if unknown.
 
     If there is room, the memory that is left or missing follows the verdict. If the limit is far above all
     peaks, the axis is broken before the limit.
@@ -333,9 +336,9 @@ def peak_lines(
     is_even: bool,
     used_bytes: int,
 ) -> list[Content]:
-    """Return the lines of the panel for the peak: the bars, their legend, and the text of
-    :func:`levels_line` for the selected precision, which a narrow window leaves out. If int8 needs more
-    memory than 16 bits, the last line says why.
+    """Return the lines of the panel for the peak: the bars, their legend and, unless the window is narrow,
+    the text of :func:`levels_line` for the selected precision. If int8 needs more memory than 16 bits, the
+    last line says why.
 
     Args:
         compared: The estimate for each precision.
@@ -423,8 +426,8 @@ def item_lines(estimate: Estimate, is_even: bool, is_nested: bool, width: int) -
     Args:
         estimate: The estimate.
         is_even: Whether bars have blocks instead of textures.
-        is_nested: Whether each item comes below its group. If not, all groups come first, so that a short
-            list shows them and the largest items without scrolling.
+        is_nested: Whether the items of each group come right after the group. If not, all groups come first,
+            so that a short list shows the groups and the largest items without scrolling.
         width: Width of a line, in cells.
     """
     heads: list[tuple[str, Content]] = []

@@ -46,7 +46,8 @@ _ALL_PARTS, _ONE_PART = " all parts together ", " one part in a cell "
 _TWO_PARTS = " at most two parts in a cell "
 """Notes on the colors and textures of the graph."""
 _FREE = " ─╎"
-"""Characters that a label or a note may replace: an empty cell, the limit, and the line between phases."""
+"""Characters that a label or a note may replace: an empty cell, the limit line, and the line between phases.
+"""
 _MIN_PEAK_ROWS = 8
 """Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
 contain several parts, but it can have only two colors.
@@ -81,12 +82,13 @@ def timeline_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
-    phases. If ``height`` is less than three, return no lines.
+    """Return ``height`` lines: the graph, with a scale in GiB on its left, and a last line with the names of
+    the phases. If ``height`` is less than three, return no lines.
 
     A label of the scale stands for the middle of its row; 0 is in the row of the phases. On a terminal with
-    few colors, each cell shows one part. Otherwise, if there are too few rows to show the
-    parts, the graph shows the total. Dashed lines above the graph divide the phases.
+    few colors, each cell shows one part. On other terminals, a cell shows at most two parts; if there are too
+    few rows to show the parts, the graph shows only their total. Dashed lines above the graph separate the
+    phases.
 
     ``widget``: the widget on which the graph is drawn.
     """
@@ -184,9 +186,9 @@ def _has_room_for_parts(
     peak: int,
     sums: Mapping[BarPart, int],
 ) -> bool:
-    """Return whether the graph is tall enough to show the parts, two in a cell. The peak must have enough
-    rows, and every part that is taller than an eighth of a row in any column must be visible in at least one
-    cell.
+    """Return whether the graph is tall enough to show the parts, at most two in a cell. The peak must be at
+    least :data:`_MIN_PEAK_ROWS` high, and every part that is taller than an eighth of a row in any column
+    must be visible in at least one cell.
     """
     rows = int(peak / row_bytes + 0.5)
     if rows < _MIN_PEAK_ROWS:
@@ -202,13 +204,13 @@ def _drawn_parts(
     """Return the parts that a cell shows, at most two, the lower part first. The list is empty if the cell is
     almost empty.
 
-    A part that is drawn in few other cells is preferred, since it might not be visible elsewhere: the part
-    with the smallest total over the whole graph.
+    The preferred one of several parts is the part with the smallest total over the whole graph, since it
+    might not be visible in other cells.
 
-    A cell can show two parts only if it is full and ``is_even`` is True. The first is its lowest part. The
-    second is the preferred part above it that covers at least an eighth of the cell. Without two parts, an
-    even cell shows its largest part, and a textured cell shows the preferred part among those that are at
-    least half as large as the largest.
+    A cell can show two parts only if it is full and ``is_even`` is True. The first one is the lowest part of
+    the cell. The second one is the preferred part among those above it that cover at least an eighth of the
+    cell. If the cell shows only one part, this is its largest part or, without ``is_even``, the preferred
+    part among those that are at least half as large as the largest.
     """
     filled = sum(share for _, share in covered)
     if filled < _LEAST_FILLED:
@@ -243,9 +245,12 @@ def _cell(
     even: Mapping[str, str],
 ) -> tuple[str, str]:
     """Return (character, style) of a cell. A cell that is partly filled or has two parts is drawn with a
-    block character, in steps of an eighth of a cell. ``even``: maps the name of each part to its
-    opaque color, for cells with two parts; empty if cells have textures. A block is dim next to textures,
-    which leave a part of their cell empty.
+    block character, in steps of an eighth of a cell. If cells have textures, such a block is dim, since it
+    would look brighter than the textures, which do not cover their whole cell. Memory above the limit is
+    drawn in the error color.
+
+    ``even``: the opaque color of each part, by the part's name, for cells with two parts; empty if cells have
+    textures.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))
@@ -275,7 +280,7 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 
 def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """Write the peak above its column, which ``▾`` marks, if there is room."""
+    """If there is room in this row, write the size of the peak, with ``▾`` above the column of the peak."""
     start, text = column, f"▾ peak {format_bytes(peak)} "
     if start + len(text) > len(cells):
         text = f" peak {format_bytes(peak)} ▾"
@@ -285,7 +290,7 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
 
 
 def _draw_note(cells: list[tuple[str, str]], text: str) -> None:
-    """Write what the colors mean at the right end of a row if no memory is drawn there."""
+    """Write the note ``text`` at the right end of a row if there is room and no memory is drawn there."""
     room = slice(len(cells) - len(text) - 1, len(cells) - 1)
     if room.start > 0 and all(glyph in _FREE for glyph, _ in cells[room]):
         cells[room] = [(letter, "dim") for letter in text]

@@ -278,12 +278,12 @@ def storage_words(models: Sequence[LocalModel]) -> str:
 
 
 def parts_lines(fit: ModelFit, is_even: bool, width: int, height: int) -> list[Content]:
-    """Return a bar and a figure for each length, and a legend. If the peaks are in different phases of a
-    step, a note says so.
+    """Return a bar and a figure for each length, and a legend. If the peaks are in different phases, a note
+    says that parts used only at other times are absent.
 
-    If ``height`` lines suffice, there are also bars for ranks and then micro-batch sizes, and then a blank
-    line between bars. Bars are divided as on the Memory screen. ``is_even``: whether bars have blocks instead
-    of textures.
+    If they fit ``height`` lines, bars for ranks are added, then bars for micro-batch sizes, and finally blank
+    lines between bars. Bars are divided as on the Memory screen. ``is_even``: whether bars have blocks
+    instead of textures.
     """
     groups = [("length", fit.lengths), ("rank", fit.ranks), ("batch", fit.batches)]
     groups = [group for group in groups if group[1]]

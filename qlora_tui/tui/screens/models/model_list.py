@@ -66,7 +66,9 @@ class Starter:
     is_demo: bool = False
     """Whether this is the demo's model, which is downloaded from the Python package index."""
     is_best_fit: bool = False
-    """Whether this is the largest model of the list that needs at most half of the memory."""
+    """Whether this is the largest suitable model that needs at most half of the memory. The demo's model does
+    not count.
+    """
 
     @property
     def id(self) -> str:

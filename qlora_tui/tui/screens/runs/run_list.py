@@ -84,9 +84,11 @@ def when(summary: RunSummary, now: float) -> str:
 
 
 def best_loss(summary: RunSummary, lowest: Collection[str]) -> Content:
-    """Return the best validation loss, such as ``2.780★`` for the runs in ``lowest``. If there was no
-    validation, return the last training loss, such as ``2.630*``; if there is no loss, an empty text. The
-    last character is the mark or a space, so that the numbers are below each other.
+    """Return the best validation loss, such as ``2.780★``, where the star marks a run in ``lowest``. If there
+    was no validation, return the last training loss, such as ``2.630*``; if there is no loss, return an empty
+    text. The last character is a mark or a space, so that the numbers in a column are aligned.
+
+    ``lowest``: ids of the runs with the lowest loss, from :func:`.lowest_losses`.
     """
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], " ")
     if loss is None:
@@ -407,9 +409,10 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
-    """Return (command, verb) for the keys of the run's panel. Include chat and export only if the run can be
-    used. If they propose a checkpoint, their verbs give its step: one that is notably better than the last
-    weights or, for an active run, else the last one.
+    """Return (command, verb) for the keys of the run's panel. Chat and Export are included only if
+    :func:`can_be_used` is True. If they propose a checkpoint, the verbs give its step. They propose a
+    checkpoint that is notably better than the last weights or, if there is none and the run is active, the
+    last checkpoint.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)

@@ -369,9 +369,9 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
 
 
 def trial_lines(view: SweepView, width: int, *, has_bar: bool = True) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading, and for each trial: its values, its loss in each round, steps and
-    outcome. The list is empty if there are no trials. ``has_bar``: whether lines begin with a bar in the
-    color of the outcome.
+    """Return (id, line) for a heading and for each trial. The line of a trial has its values, its loss in
+    each round, its steps and its outcome. The list is empty if there are no trials. ``has_bar``: whether
+    lines begin with a bar in the color of the outcome.
     """
     rounds, rows = view.rounds, ranked(view)
     if not rows:

@@ -26,7 +26,7 @@ _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
 WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
 """(symbol, style) for losses of the winner and of the unchanged recipe."""
 _OTHER = "•"
-"""Symbol for the losses of all other trials, and for the single runs of a mean."""
+"""Symbol for the losses of all other trials, and for the individual runs behind a mean."""
 _JOIN_STYLE = "$text-muted dim"
 """Style of the line that connects the losses of a round. Such a line is not a measurement, so it is faint."""
 _FEW_ROWS = 11
@@ -39,7 +39,7 @@ _ROUND = (1, 2, 5)
 _LONGEST = 20
 """Maximum length of a value's label, in characters."""
 _NAME_MARGIN = 0.1
-"""Room for names to the right of the lines over the steps, as a fraction of the range of steps."""
+"""Room for the numbers of trials to the right of their lines, as a fraction of the range of steps."""
 _NOTHING = "No trial has been validated yet."
 
 
@@ -114,10 +114,12 @@ def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[C
 def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
-    was repeated with other seeds, its symbol is at the mean. If the values are numbers, a faint line connects
-    the lowest losses of each round and, in a sweep with several rounds, the title of each round is next to
-    these losses. With ``only_last``, only the last round with results is drawn for the trials; values in a
-    list that have not reached this round are left out.
+    was repeated with other seeds, its symbol is at the mean. If the values are numbers, a faint line for each
+    round connects the lowest loss at each value. In a sweep with several rounds, the title of the round is
+    next to this line.
+
+    With ``only_last``, only the last round with results is drawn for the trials. If the values are a list,
+    those that no trial in this round has are left out.
     """
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
     values, bases = view.sheet.sweep.vary[path], view.base_trials[:1]
@@ -206,11 +208,12 @@ def _legend(view: SweepView, drawn: set[str], others: Mapping[str, str]) -> tupl
 def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
-    Each trial has a line, with a mark for each evaluation, and its number at the end of the line. Trials with
-    equal losses share a line, which has the numbers of all of them. One run of the unchanged recipe is drawn
-    like a trial, without a number. Only the winner's line and marks and the marks of the unchanged recipe are
-    bright. The lines of the winner and of the unchanged recipe end in symbols. If one of these two was
-    repeated with other seeds, its symbol is at the mean loss, as in :func:`setting_plot`.
+    Each trial with an evaluation has a line, with a mark for each evaluation, and its number next to the end
+    of the line. Trials with equal losses share a line, with the numbers of all of them. The first run of the
+    unchanged recipe is drawn like a trial, without a number. The line and the marks of the winner and the
+    marks of the unchanged recipe are in color; everything else is muted. The last mark of the winner and of
+    the unchanged recipe is a symbol. If one of these two was repeated with other seeds, its symbol is at the
+    mean loss, as in :func:`setting_plot`.
     """
     base, lines = view.base_trials[:1], dict[tuple[str, tuple[tuple[float, float], ...]], list[Trial]]()
     for trial in sorted(view.trials, key=lambda trial: trial.number != view.verdict.winner):

@@ -253,9 +253,10 @@ def note_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return at most ``height`` lines: for a setting, what it does, its valid values and the preset's value;
-    then what the other settings of ``groups`` do, as many as fit. ``groups``: the group that the cursor is on
-    or in, and the groups below it.
+    """Return lines about what settings do. If ``current`` is a setting, its explanation comes first, with its
+    effect on memory, its valid values and the preset's value. The explanations of the other settings of
+    ``groups`` follow, as many as fit ``height`` lines. ``groups``: the group that the cursor is on or in, and
+    the groups below it.
     """
     lines: list[Content] = []
     if isinstance(current, Field):
@@ -277,7 +278,7 @@ def note_lines(
 
 
 def _overview(settings: Sequence[Field], width: int) -> list[list[Content]]:
-    """Return what each setting does, next to its label, in lines of ``width`` cells."""
+    """Return the lines for each setting: its label with an explanation, wrapped to ``width`` cells."""
     cells = max((len(field.label) for field in settings), default=0)
     return [
         hanging(
@@ -305,8 +306,8 @@ def verdict_lines(
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
     empty if none is in progress. ``place``: the device whose memory the run uses. ``assumed``: the verdict
-    for a GPU of the size that the user assumes, and the GPU's name; None if no size is assumed. It has a line
-    of its own below the run's memory.
+    for a GPU of the size that the user assumes, and the GPU's name; None if no size is assumed. This verdict
+    is on a separate line below the run's memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]

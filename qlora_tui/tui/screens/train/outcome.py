@@ -128,8 +128,9 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 
 def _uses_of_adapter(snapshot: RunSnapshot) -> list[str]:
-    """Return the keys that use the adapter, with the step of the weights that Chat and Export propose:
-    ``[c] chat, [e] export step 640 (best)``.
+    """Return the keys for commands that use the adapter. The keys of Chat and Export come first, with the
+    step of the weights that both propose: ``[c] chat, [e] export step 640 (best)``. If the run finished for a
+    reason other than that all steps are done, the text has ``it`` instead of the step.
     """
     view, best = snapshot.view, snapshot.best
     last, saved = view.step, [checkpoint.step for checkpoint in view.checkpoints]

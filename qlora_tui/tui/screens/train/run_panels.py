@@ -95,9 +95,9 @@ def header_lines(
     """Return the header: two lines, or three with large figures. ``now``: Unix time. ``has_bar``: whether the
     header has the bar :func:`.state_bar` at its left edge.
 
-    The first line has state and progress; the second has key figures and other facts. If ``height`` is at
-    least three and figures are known, the figures are large, with the state, the progress and the facts to
-    their right. An empty line comes first if there is room.
+    The first line has the state and the progress; the second has the key figures and other facts. If
+    ``height`` is at least three and key figures are known, the figures are large, with the state, the
+    progress and the facts to their right; if ``height`` is at least four, an empty line precedes them.
     """
     edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " " if has_bar else Content()
     lines = [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
@@ -132,8 +132,8 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[Content], width: int, rows: int) -> list[Content]:
-    """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order. A text that does not
-    fit is left out.
+    """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order. Texts that do not fit
+    are left out.
     """
     lines = [Content()]
     for text in texts:
@@ -248,7 +248,9 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[Content]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> Content:
-    """Return the steps of the best and the newest checkpoint, such as ``checkpoints 60 ★, 70``."""
+    """Return the steps of the best checkpoint, if it is saved, and of the newest one, such as
+    ``checkpoints 60 ★, 70``. There must be at least one checkpoint.
+    """
     newest = snapshot.view.checkpoints[-1].step
     if snapshot.best is None or not snapshot.is_best_saved:
         return fact("checkpoint", f"{newest:,}")
@@ -259,8 +261,9 @@ def _checkpoints(snapshot: RunSnapshot) -> Content:
 
 
 def _times_so_far(snapshot: RunSnapshot, since_start: float) -> list[Content]:
-    """Return the time since the start and the total time of the steps, such as ``running 21 min`` and
-    ``13 min in steps``. If the two cannot be compared, only the time of the steps is included.
+    """Return the time since the start and, after the first step, the total time of the steps, such as
+    ``running 21 min`` and ``13 min in steps``. If the two times cannot be compared, return only the time of
+    the steps. ``since_start``: seconds since the start of the last attempt.
     """
     trained, running = snapshot.seconds_trained, fact("running", format_duration(since_start))
     if not trained:
@@ -318,8 +321,8 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[Content]:
 
 
 def _last_loss(snapshot: RunSnapshot) -> list[Content]:
-    """Return the last validation loss, such as ``last 2.915``, if the verdict is based on mean losses and
-    the last loss is not the best; otherwise, an empty list.
+    """Return the last validation loss, such as ``last 2.915``, if the verdict is based only on mean losses
+    and the last evaluation is not the best one; otherwise, return an empty list.
     """
     last = snapshot.view.trained_evaluation
     if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None:
