@@ -138,6 +138,7 @@ def write(
         dist.barrier()
         save_checkpoint_files(draft_files(final))
         dist.barrier()
+        dist.barrier()
         return final
     # Do not create parents: a run that was deleted meanwhile must not reappear.
     run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
@@ -147,12 +148,17 @@ def write(
         dist.barrier()
         save_checkpoint_files(draft)
         dist.barrier()
-        atomic_write(draft / _STATE, msgspec.json.encode(state))
-        write_checksums(draft)
-        sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-        atomic_write(draft / MARKER, msgspec.json.encode(sizes))
-        # An earlier attempt may have left a checkpoint of this step.
-        publish(draft, final)
+        try:
+            atomic_write(draft / _STATE, msgspec.json.encode(state))
+            write_checksums(draft)
+            sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
+            atomic_write(draft / MARKER, msgspec.json.encode(sizes))
+            # An earlier attempt may have left a checkpoint of this step.
+            publish(draft, final)
+        finally:
+            # If another process fails in the next step, it ends this one, too, so the checkpoint must be
+            # complete by then.
+            dist.barrier()
     return final
 
 
