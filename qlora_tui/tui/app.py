@@ -108,6 +108,7 @@ class QloraApp(ThemedApp):
         self._told_unreachable_at = -_TELL_AGAIN_S
         self._polling = False
         self._is_small = False
+        self._has_quit = False
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -253,6 +254,7 @@ class QloraApp(ThemedApp):
         screen = self.screen_stack[0]
         watched = screen.watched_run if isinstance(screen, WorkScreen) else None
         self.farewell = self.system_status.continues_without_app(watched)
+        self._has_quit = True
         self.exit()
 
     def on_load(self) -> None:
@@ -397,7 +399,11 @@ class QloraApp(ThemedApp):
         default_namespace: DOMNode | None = None,
         namespaces: Mapping[str, DOMNode] | None = None,
     ) -> bool:
-        """Run an action. If it raises UserError, show the error in a modal and return True."""
+        """Run an action. If it raises UserError, show the error in a modal and return True. Keys that were
+        pressed after the app has quit, and arrive together with that key, have no effect.
+        """
+        if self._has_quit:
+            return True
         try:
             return await super().run_action(action, default_namespace, namespaces)
         except UserError as problem:

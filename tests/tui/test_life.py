@@ -176,6 +176,15 @@ def test_it_ends_in_order_when_told_to_by_a_signal(number: signal.Signals) -> No
     assert not log()
 
 
+@pytest.mark.parametrize("more", ["?", "1o"])
+def test_keys_after_quitting_have_no_effect(more: str) -> None:
+    with Terminal(APP) as terminal:
+        edit_the_recipe(terminal)
+        terminal.press(f"q{more}")
+        assert terminal.program.wait(DEADLINE_S) == 0
+    assert not log()
+
+
 def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
     hangs = """
 import threading
