@@ -133,12 +133,13 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def better_weights(run: RunDir, verb: str) -> str:
-    """Return a hint on ``--checkpoint`` if the last weights are notably worse than those of a saved
-    checkpoint; otherwise, return an empty text.
+    """Return a hint on ``--checkpoint`` if a saved checkpoint is notably better than the weights that
+    commands use by default; otherwise, return an empty text.
 
     ``verb``: what the command does with the weights, such as ``export``.
     """
     # Imported here, because light commands load this module and do not need these imports.
+    from qlora_tui.chat.chat_sources import checkpoint_name, run_source
     from qlora_tui.runs.result_weights import better_checkpoint
     from qlora_tui.runs.run_summary import summarize
 
@@ -146,9 +147,12 @@ def better_weights(run: RunDir, verb: str) -> str:
     step = better_checkpoint(summary, dict(run.checkpoints()))
     if step is None or summary.best is None:
         return ""
+    if next(iter(run_source(run).adapters), None) == checkpoint_name(step):
+        return ""
+    last_step, last_loss = summary.evaluations[-1]
     return (
         f"The validation loss is {format_loss(summary.best[0])} at step {step:,}, and "
-        f"{format_loss(summary.evaluations[-1][1])} at the end. To {verb} step {step:,} instead: "
+        f"{format_loss(last_loss)} at step {last_step:,}. To {verb} step {step:,} instead: "
         f"--checkpoint {step}"
     )
 

@@ -46,7 +46,7 @@ def hold(run: RunDir, reason: Hold | None) -> None:
     """Record why a queued run has to wait; None if nothing holds it. Raises OSError."""
     with queue_lock():
         status = read_status(run)
-        if status.state == "queued" and status.hold != reason:
+        if status.state == "queued" and status.hold != reason and not is_stranded(run):
             # The detail is derived by the reader, so it is not stored.
             write_status(run, structs.replace(status, hold=reason, detail=""))
 
@@ -117,7 +117,7 @@ def pause(run: RunDir) -> bool:
     """Remove a run from the queue until it is resumed; False if it was not queued. Raises OSError."""
     with queue_lock():
         status = read_status(run)
-        if status.state != "queued":
+        if status.state != "queued" or is_stranded(run):
             return False
         mark_paused(run, status)
         return _remove(run)

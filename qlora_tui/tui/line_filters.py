@@ -139,7 +139,8 @@ class MonochromeFilter(LineFilter):
 def _without_colors(style: Style) -> Style:
     on_foreground = _is_foreground(style.bgcolor, otherwise=False)
     reverse = bool(style.reverse) != on_foreground
-    faint = not reverse and (style.dim or not _is_foreground(style.color, otherwise=True))
+    is_faint = style.dim or not _is_foreground(style.color, otherwise=True)
+    faint = is_faint and not (style.reverse or on_foreground)
     # The metadata is kept, since Textual uses it to find what was clicked.
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 

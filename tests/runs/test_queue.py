@@ -137,6 +137,9 @@ def test_a_run_that_is_read_while_it_is_queued_has_not_stopped(
     # A process that was killed in between leaves it out of the queue.
     write([])
     assert is_stranded(run)
+    before = run.status_path.read_bytes()
+    run_queue.hold(run, Hold(cause="devices", devices="2 GPUs"))
+    assert not run_queue.pause(run) and run.status_path.read_bytes() == before
     run_queue.requeue(run)
     assert run_queue.waiting() == [run.id]
 

@@ -44,7 +44,7 @@ from qlora_tui.tui.screens.chat.start import (
     HEADING_ROWS,
     Starters,
 )
-from qlora_tui.tui.screens.chat.turn import ChatTurn
+from qlora_tui.tui.screens.chat.turn import GROWTH_ROWS, ChatTurn
 from qlora_tui.worker import run_job
 from tests.chat.adapters import MODEL_WITH_ADAPTER
 from tests.support.deciders import put_decider
@@ -265,6 +265,26 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         await pilot.press("i", "up")
         await wait_until(pilot, lambda: not chat.turns)
         assert field.text == "one\ntwo"
+
+
+async def test_the_conversation_has_rows_for_an_answer_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(ADAPTER)
+    app = open_on("chat")
+    async with app.run_test(size=(100, 60)) as pilot:
+        await wait_for_text(pilot, "not loaded yet")
+        chat, turn = chat_of(app).conversation, ChatTurn("one", (BASE,))
+        monkeypatch.setattr(Conversation, "busy", True)
+        chat.turns.append(turn)
+        await chat.mount(turn)
+        bars: list[bool] = []
+        app.screen.watch(chat, "show_vertical_scrollbar", lambda is_shown: bars.append(is_shown), init=False)
+        for height in (7, 13, 19, 25, 4):
+            turn.styles.height = height
+            await wait_until(pilot, lambda: turn.size.height == height)  # noqa: B023
+            await wait_until(pilot, lambda: chat.size.height == turn.virtual_region.bottom + GROWTH_ROWS)
+            if height == 7:
+                bars.clear()
+        assert not any(bars)
 
 
 async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, sent: list[str]) -> None:

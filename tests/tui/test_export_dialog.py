@@ -253,7 +253,7 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
     save_checkpoints(run, 640)
     monkeypatch.setattr("qlora_tui.runs.run_summary.summarize", lambda run: summary)
     assert better_weights(run, "export") == (
-        "The validation loss is 1.287 at step 640, and 1.342 at the end. To export step 640 instead: "
+        "The validation loss is 1.287 at step 640, and 1.342 at step 1,200. To export step 640 instead: "
         "--checkpoint 640"
     )
 

@@ -275,6 +275,9 @@ async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
         assert re.search(r"fit: .* of 32\.0 GiB \(this CPU\).*\n.*fit: .* of 12\.0 GiB \(assumed GPU\)", text)
         await pilot.press("v")
         await wait_for_text(pilot, "would fit: uses ~1.3 of 32.0 GiB (this")
+        for columns in (100, 80, 60):
+            await pilot.resize_terminal(columns, 40)
+            await wait_for_text(pilot, "GiB (this CPU)", "GiB (assumed GPU)")
 
 
 async def test_a_key_measures_three_steps_until_it_is_pressed_again(

@@ -324,10 +324,11 @@ async def test_quality_is_measured_shown_and_stopped(
 
     monkeypatch.setattr(memory, "measure_in_child", measure)
     app = open_on("memory", model=seven_billion)
-    async with app.run_test(size=(160, 40)) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "NF4")
         await pilot.press("M")
         await wait_for_text(pilot, "quality: comparing layer by layer 25%")
+        await pilot.resize_terminal(160, 40)
         await pilot.press("M")
         await wait_until(pilot, lambda: "quality:" not in text_of(app))
         released.set()

@@ -273,14 +273,19 @@ class FitLine:
         self._texts = fit_texts(verdict, place, can_train=can_train)
         self._word, self._style = verdict_words(verdict, can_train=can_train)
 
-    def draw(self, width: int, max_bar: int | None = None) -> Content:
+    def draw(self, width: int, max_bar: int | None = None, *, keeps_place: bool = False) -> Content:
         """Return the most detailed wording that fits ``width`` next to a bar. If none does, return the
-        shortest wording, and leave out the bar if there is no room. ``max_bar``: maximum length of the bar,
-        in cells; None for no maximum, and 0 for no bar.
+        shortest wording, and leave out the bar if there is no room.
+
+        Args:
+            width: Maximum length of the line, in cells.
+            max_bar: Maximum length of the bar, in cells; None for no maximum, and 0 for no bar.
+            keeps_place: Whether to return only wordings with the name of the device.
         """
+        texts = self._texts[::2] if keeps_place else self._texts
         least_bar = 0 if max_bar == 0 else _MIN_BAR + 1
         room = width - len(self._label)
-        text = next((text for text in self._texts if len(text) + least_bar <= room), self._texts[-1])
+        text = next((text for text in texts if len(text) + least_bar <= room), texts[-1])
         cells = room - len(text) - 1
         return self._colored(text, cells if max_bar is None else min(cells, max_bar))
 

@@ -256,8 +256,13 @@ class ChatMain(Vertical):
         yield Panel("Message", line, id="prompt-panel")
 
     def on_mount(self) -> None:
-        # The conversation also grows when the user unfolds a thought.
         self.watch(self.conversation, "virtual_size", self._fit_later, init=False)
+
+    def on_chat_turn_resized(self) -> None:
+        """Divide the rows anew. In a conversation that has free rows, or gets them, a turn can change its
+        height while the virtual size remains the same.
+        """
+        self._fit_later()
 
     def show_start(self, start: ChatStart, *, is_described: bool, hides_facts: bool) -> None:
         """Show the starter prompts and, above the turns, facts about the model and the recorded answers.

@@ -16,6 +16,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.geometry import Size
+from textual.message import Message
 from textual.widgets import Markdown, Static
 
 from qlora_tui.chat.chat_sources import adapter_label
@@ -455,6 +456,9 @@ class Answers(Horizontal):
 class ChatTurn(Vertical):
     """A prompt and the answers of the adapters."""
 
+    class Resized(Message):
+        """Posted when the size of a turn has changed."""
+
     DEFAULT_CSS = """
     ChatTurn {
         height: auto;
@@ -481,6 +485,9 @@ class ChatTurn(Vertical):
             adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))
         }
+
+    def on_resize(self) -> None:
+        self.post_message(self.Resized())
 
     def contains(self, text: str) -> bool:
         """Return whether the prompt, an answer or a thought contains this text, ignoring case."""

@@ -323,20 +323,23 @@ class MemoryScreen(WorkScreen):
         """Return the title above the bars. In a narrow window, the title is the verdict; otherwise, it gives
         the memory that the bars are compared with. Notes that do not fit are left out.
         """
-        budget = self.app.memory_budget
+        budget, room = self.app.memory_budget, self.size.width - _FRAME
+        trace_note = self._trace_note or self._traced_words()
+        texts = filter(None, (self._quality.progress, self._estimate.correction_words, trace_note))
+        notes = [highlight_keys(f"; {text}", "$text-muted not bold") for text in texts]
         if self.has_class("-narrow"):
             can_train = self.app.workbench.model_refusal() is None
-            name, room = PRECISION_NAMES[self.precision], self.size.width - _FRAME
-            title = fit_title(name, self._verdict, room, can_train=can_train)
+            # The notes are left out only if they do not fit next to the shortest title.
+            room_left = room - sum(note.cell_length for note in notes)
+            name = PRECISION_NAMES[self.precision]
+            title = fit_title(name, self._verdict, room_left, can_train=can_train)
         else:
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))
             title += highlight_keys(against, "$text-muted not bold")
-        trace_note = self._trace_note or self._traced_words()
-        for note in filter(None, (self._quality.progress, self._estimate.correction_words, trace_note)):
-            words = highlight_keys(f"; {note}", "$text-muted not bold")
-            if title.cell_length + words.cell_length <= self.size.width - _FRAME:
-                title += words
+        for note in notes:
+            if title.cell_length + note.cell_length <= room:
+                title += note
         return title
 
     @property

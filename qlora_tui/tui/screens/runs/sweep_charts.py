@@ -36,6 +36,8 @@ _MARGIN = 0.03
 _TICKS = 8
 """Maximum number of ticks on a linear axis."""
 _ROUND = (1, 2, 5)
+_LONGEST_NAME = 12
+"""Maximum length of the numbers at the end of a line, in characters."""
 _LONGEST = 20
 """Maximum length of a value's label, in characters."""
 _NAME_MARGIN = 0.1
@@ -209,7 +211,8 @@ def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
     Each trial with an evaluation has a line, with a mark for each evaluation, and its number next to the end
-    of the line. Trials with equal losses share a line, with the numbers of all of them. The first run of the
+    of the line. Trials with equal losses share a line, with the numbers of all of them, or with the number of
+    one trial, the winner if it is one of them, and the number of the others. The first run of the
     unchanged recipe is drawn like a trial, without a number. The line and the marks of the winner and the
     marks of the unchanged recipe are in color; everything else is muted. The last mark of the winner and of
     the unchanged recipe is a symbol. If one of these two was repeated with other seeds, its symbol is at the
@@ -227,10 +230,13 @@ def steps_plot(view: SweepView) -> Plot:
             symbol, style = UNCHANGED
         elif first.number == view.verdict.winner:
             symbol, style = WINNER
-        numbers = sorted(trial.number for trial in (first, *others)) if role == "trial" else []
+        numbers = sorted(trial.number for trial in (first, *others))
+        name = ", ".join(map(str, numbers))
+        if len(name) > _LONGEST_NAME:
+            name = f"{first.number} and {len(others)} more"
         line_style = style if role == "trial" else _EARLIER_STYLE
         envelope = Envelope.of_points(*zip(*points, strict=True))
-        curves.append(Curve(envelope, "", line_style, label=", ".join(map(str, numbers)), look="thin"))
+        curves.append(Curve(envelope, "", line_style, label=name if role == "trial" else "", look="thin"))
         marks += [Mark(share, loss, style, _OTHER) for share, loss in points]
         if symbol != _OTHER and (mean := view.mean_of(first)) is not None:
             marks.append(Mark(points[-1][0], mean, style, symbol))

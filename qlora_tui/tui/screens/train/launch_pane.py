@@ -219,7 +219,10 @@ class LaunchPane(Vertical, OnQloraApp):
         self._checks = checks
         place, planned = place_words(self.app.run_budget), self.app.memory_budget
         # The other screens estimate for the GPU that the user assumes, but the run uses this machine.
-        assumed = (self.app.workbench.verdict(planned), place_words(planned)) if planned.is_assumed else None
+        of_planned = self.app.workbench.verdict(planned) if planned.is_assumed else None
+        assumed = None
+        if of_planned is not None and any(check.verdict is not None for check in checks):
+            assumed = of_planned, place_words(planned)
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
         verdict.set_class(assumed is not None, "-assumed")
@@ -297,7 +300,7 @@ def verdict_lines(
     expected: Forecast | None,
     probing: str,
     place: str,
-    assumed: tuple[Verdict | None, str] | None,
+    assumed: tuple[Verdict, str] | None,
     width: int,
     height: int,
 ) -> list[Content]:
@@ -320,10 +323,11 @@ def verdict_lines(
     large = [] if time is None else large_figures([time])
     can_train = _can_train(checks)
     verdicts = [] if verdict is None else [(_MEMORY, verdict, place)]
-    of_assumed, assumed_place = assumed or (None, "")
-    if verdicts and of_assumed is not None:
-        verdicts.append((" " * len(_MEMORY), of_assumed, assumed_place))
-    fits = [FitLine(*each, can_train=can_train).draw(width, 0) for each in verdicts]
+    if verdicts and assumed is not None:
+        verdicts.append((" " * len(_MEMORY), *assumed))
+    fits = [
+        FitLine(*each, can_train=can_train).draw(width, 0, keeps_place=len(verdicts) > 1) for each in verdicts
+    ]
     concluded = conclusion(checks, expected, width, with_time=time is None)
     memory = [*_headline(expected, next(iter(fits), None), probing, width), *fits[1:]]
     return [*concluded, *large, *memory, plan][:height]
