@@ -446,7 +446,7 @@ def test_the_smoothed_line_is_solid_and_every_other_dash_of_shared_cells_is_vali
             elif "smoothed" in dots:
                 assert (ord(text) - 0x2800) & dots["smoothed"] == dots["smoothed"]
                 has_both = "validation" in dots and (column - gutter) // 2 % 2 == 0
-                assert styles[column] == (VALIDATION_STYLE if has_both else TRAINING_STYLE)
+                assert styles[column] == (f"{VALIDATION_STYLE} dim" if has_both else TRAINING_STYLE)
             elif dots:
                 assert styles[column].startswith(VALIDATION_STYLE)
     assert stars <= 1 and (stars or max(map(abs, map(float.__sub__, smoothed, smoothed[1:]))) > 0.3)

@@ -80,10 +80,10 @@ user ended it, while a paused run waits for its user.
 OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "note": ("· note", "$primary"),
-    "warning": ("! warning", "$warning"),
-    "error": ("✗ error", "$error"),
+    "warning": ("! warning", "bold $warning"),
+    "error": ("✗ error", "bold $error"),
 }
-"""(symbol and word, color) by outcome of a check, from best to worst."""
+"""(symbol and word, style) by outcome of a check, from best to worst."""
 SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 """(symbol, color) by severity of a data problem."""
 BEST = "★"

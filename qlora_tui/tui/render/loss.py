@@ -111,7 +111,7 @@ def run_plot(facts: LossFacts) -> Plot:
             Curve(
                 validation,
                 "validation",
-                VALIDATION_STYLE,
+                f"{VALIDATION_STYLE} dim",
                 words=_from_to("val", validation, shown[-1][1] if shown else None),
                 look="dotted",
             ),

@@ -321,13 +321,18 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[Content]:
 
 
 def _last_loss(snapshot: RunSnapshot) -> list[Content]:
-    """Return the last validation loss, such as ``last 2.915``, if the verdict is based only on mean losses
-    and the last evaluation is not the best one; otherwise, return an empty list.
+    """Return the last validation loss and its rise from the best one, such as ``last 2.915 (+0.4%)``, if the
+    verdict is based only on mean losses and the last evaluation is not the best one; otherwise, return an
+    empty list.
     """
-    last = snapshot.view.trained_evaluation
-    if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None:
+    last, best = snapshot.view.trained_evaluation, snapshot.best
+    if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None or last == best:
         return []
-    return [] if last == snapshot.best else [fact("last", format_loss(last.loss))]
+    text = format_loss(last.loss)
+    if last.loss is not None and best is not None and best.loss:
+        rise = last.loss / best.loss - 1
+        text += f" (+{format_small_percent(rise)})" if rise > 0 else ""
+    return [fact("last", text)]
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
