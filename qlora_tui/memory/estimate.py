@@ -29,7 +29,7 @@ from qlora_tui.memory.levels import (
     tiers,
 )
 from qlora_tui.memory.recording import StepTrace
-from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, static_items
+from qlora_tui.memory.static_memory import FROZEN, adapter_bytes, optimizer_bytes, static_items
 from qlora_tui.memory.step import (
     Moment,
     answers_moment,
@@ -489,6 +489,8 @@ def step_timeline(
         resident, peaks = static_items(layout), step_moments(profile_step(layout), layout, every_layer=True)
         if execution.accumulates:
             resident["gradients"] = adapter_bytes(layout)
+    if execution.pages_states:
+        resident["optimizer"] = optimizer_bytes(layout)
     frozen = {key: size for key, size in resident.items() if key in FROZEN}
     most = max(peak.total_bytes for peak in peaks) + sum(resident.values())
     outside = {OVERHEAD: estimated.step_bytes - most}

@@ -16,7 +16,6 @@ from textual.content import Content
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, _character_to_key, format_key
 from textual.style import Style
 
-from qlora_tui.formatting import capitalize
 from qlora_tui.settings import Settings
 from qlora_tui.tui.commands import COMMANDS, SCREENS, commands_by_screen
 from qlora_tui.tui.textual_compat import active_app
@@ -114,23 +113,21 @@ def pressable(text: str, key: str) -> Content:
     return Content.styled(text, _pressing(key))
 
 
-def settings_title(up: tuple[str, str], down: tuple[str, str], *, is_short: bool = False) -> Content:
-    """Return the title of a panel of settings, with what the two keys of each setting do: ``lower case
-    doubles, capital halves``. If the keys of ``up`` and ``down`` are not the same letter in lower and upper
-    case, the title shows these two keys instead: ``Settings: + doubles  - halves``.
+def settings_title(name: str, up: tuple[str, str], down: tuple[str, str]) -> Content:
+    """Return the title ``name`` of a panel of settings, followed by what the two keys of each setting do:
+    ``Change: lower case ×2, capital ÷2``. If the keys of ``up`` and ``down`` are not the same letter in lower
+    and upper case, the title shows these two keys instead: ``Change: + ×2  - ÷2``.
 
     Args:
-        up: Id of the command that raises a setting, and the verb to show for this command.
-        down: Id of the command that lowers the setting, and the verb to show for this command.
-        is_short: Whether to leave out the word ``Settings``, which is possible only if the title does not
-            show the two keys.
+        name: Name of the panel.
+        up: Id of the command that raises a setting, and what to show for this command.
+        down: Id of the command that lowers the setting, and what to show for this command.
     """
     keys = [bare_key(command_id) for command_id, _ in (up, down)]
     if keys[0].islower() and keys[1] == keys[0].upper():
-        words = f"lower case {up[1]}, capital {down[1]}"
-        return Content(capitalize(words) if is_short else f"Settings: {words}")
+        return Content.assemble(name, (f": lower case {up[1]}, capital {down[1]}", "$text-muted not bold"))
     hints = [key_hint(key, does) for key, (_, does) in zip(keys, (up, down), strict=True)]
-    return Content.assemble("Settings: ", Content("  ").join(hints))
+    return Content.assemble(f"{name}: ", Content("  ").join(hints))
 
 
 def key_label(command_id: str) -> Content:

@@ -27,7 +27,7 @@ from qlora_tui.memory import (
 )
 from qlora_tui.memory.activations import attention_kernel, takes_one_call
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.memory.estimate import LOADING, Verdict, cached_estimate, step_timeline
+from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, Verdict, cached_estimate, step_timeline
 from qlora_tui.memory.explain import fit_texts
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
@@ -479,7 +479,7 @@ def test_its_maximum_is_the_estimate_and_its_phase(recipe: Recipe, name: str, de
     assert fullest.name == estimated.peak_phase
     step = max((m for m in moments if m.phase != LOADING), key=lambda moment: moment.total_bytes)
     for item in estimated.items:
-        if item.key in ("activations", "checkpoints", "gradients", "adapter", "weights", "logits"):
+        if item.key in ("activations", "checkpoints", *ADAPTER_ITEMS, "weights", "logits"):
             assert step.items[item.key] == item.bytes, item.key
 
 

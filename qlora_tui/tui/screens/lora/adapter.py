@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from math import prod, sqrt
 from typing import ClassVar
 
@@ -50,7 +49,7 @@ from qlora_tui.tui.render.labels import (
     recipe_fit,
     verdict_legend,
 )
-from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
 
@@ -268,7 +267,7 @@ cells that a wide window adds to the gap.
 _CHOICE_NAME_CELLS, _PARAMS_CELLS, _FIGURE_CELLS = 18, 7, 13
 _GROUP_CELLS = _CHOICE_NAME_CELLS + _PARAMS_CELLS + _DISK_CELLS + 2 + _FIGURE_CELLS
 """Width of a line of :func:`_choice_bars` without its bar, in cells."""
-_LEAST_BAR, _GROUP_GAP = 16, 4
+_LEAST_BAR, _GROUP_GAP = 18, 4
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
@@ -471,70 +470,56 @@ def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
     return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
 
 
-def choice_lines(
-    costs: tuple[ChoiceCost, ...], with_bars: bool, is_even: bool, width: int, height: int
-) -> list[Content]:
+def choice_lines(costs: tuple[ChoiceCost, ...], with_bars: bool, width: int, height: int) -> list[Content]:
     """Return the costs of each choice as lines: with bars if there is room for all bars, otherwise as a
     table.
 
     Args:
         costs: The costs to show.
         with_bars: Whether bars may be drawn.
-        is_even: Whether bars have blocks instead of textures.
         width: Width of a line, in cells.
         height: Number of visible lines. A table may have more.
     """
-    bars = _choice_bars(costs, is_even, width, height) if with_bars else []
+    bars = _choice_bars(costs, width, height) if with_bars else []
     return bars or _choice_table(costs, width)
 
 
-def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, height: int) -> list[Content]:
-    """Return a group of lines for each choice of targets, and a legend; an empty list if they do not fit.
+def _choice_bars(costs: tuple[ChoiceCost, ...], width: int, height: int) -> list[Content]:
+    """Return a group of lines for each choice of targets; an empty list if they do not fit.
 
-    A group has a line for each rank, with parameters, size on disk, and a bar of the memory, divided as on
-    the Memory screen. Groups are side by side if they do not fit ``height`` below each other. If there is
-    room, a blank line separates the lines of a group.
+    A group has a line for each rank, with parameters, size on disk, a bar of the adapter's memory, and the
+    memory of the run. Bars are relative to the largest adapter. Groups are side by side if they do not fit
+    ``height`` below each other.
     """
-    most, limit = max(cost.estimate.total_bytes for cost in costs), costs[0].verdict.available_bytes
-    full_bytes = most if is_far_above(limit, most) else limit
+    most = max(cost.estimate.adapter_bytes for cost in costs)
     groups: dict[str, list[ChoiceCost]] = {}
     for cost in costs:
         groups.setdefault(cost.targets, []).append(cost)
-    for number, is_spaced in product(range(1, len(groups) + 1), (True, False)):
+    for number in range(1, len(groups) + 1):
         cells = (width - _GROUP_GAP * (number - 1)) // number
         if cells < _GROUP_CELLS + _LEAST_BAR:
             break
-        draw = partial(_group_lines, full_bytes=full_bytes, most_bytes=most, is_even=is_even, width=cells)
-        drawn = [draw(name, group, is_spaced=is_spaced) for name, group in groups.items()]
+        draw = partial(_group_lines, most_bytes=most, width=cells)
+        drawn = [draw(name, group) for name, group in groups.items()]
         lines: list[Content] = []
         for at in range(0, len(drawn), number):
             lines += [Content("")] if lines else []
             pairs = zip(*drawn[at : at + number], strict=True)
             lines += [Content(" " * _GROUP_GAP).join(parts) for parts in pairs]
-        lines.append(legend(full_bytes, most, is_even=is_even))
         if len(lines) <= height:
             return lines
     return []
 
 
-def _group_lines(
-    name: str,
-    group: Sequence[ChoiceCost],
-    *,
-    full_bytes: int,
-    most_bytes: int,
-    is_even: bool,
-    width: int,
-    is_spaced: bool,
-) -> list[Content]:
+def _group_lines(name: str, group: Sequence[ChoiceCost], *, most_bytes: int, width: int) -> list[Content]:
     """Return lines for one choice of targets: a heading, followed by a line for each rank. Each line is
-    ``width`` cells wide. ``full_bytes`` and ``most_bytes``: the scale, as in :func:`stacked_bar`.
-    ``is_spaced``: whether a blank line separates the ranks.
+    ``width`` cells wide. ``most_bytes``: the memory of the largest adapter.
     """
-    heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  needs"
+    bar_cells = width - _GROUP_CELLS
+    heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  "
+    heads += f"{'adapter in memory':<{bar_cells}}{'needs':>{_FIGURE_CELLS - 2}}"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]
-    for number, cost in enumerate(group):
-        lines += [Content("")] if number and is_spaced else []
+    for cost in group:
         figure = fit_figure(cost.verdict, is_current=cost.is_current)
         figures = (
             f"{format_count(cost.trained):>{_PARAMS_CELLS}}{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}"
@@ -544,7 +529,7 @@ def _group_lines(
             Content.assemble(
                 ("●" if cost.is_current else " ", "bold $primary"),
                 (f"{rank}{figures}  ", "bold" if cost.is_current else ""),
-                stacked_bar(cost.estimate, full_bytes, most_bytes, width - _GROUP_CELLS, is_even=is_even),
+                (bar(cost.estimate.adapter_bytes / most_bytes, bar_cells, has_track=False), "$training 50%"),
                 figure.pad_left(_FIGURE_CELLS - figure.cell_length),
             )
         )

@@ -46,7 +46,6 @@ from qlora_tui.tui.screens.lora.adapter import (
     setting_lines,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
-from qlora_tui.tui.screens.memory.step_panels import has_even_colors
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, ModelProblem, Panel, TextField
 
@@ -111,7 +110,7 @@ class LoraScreen(WorkScreen):
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
-        title = settings_title(("lora.rank_up", "raises"), ("lora.rank_down", "lowers"))
+        title = settings_title("Settings", ("lora.rank_up", "raises"), ("lora.rank_down", "lowers"))
         self.query_one("#lora-settings-panel", Panel).show_title(title)
         self.query_one("#choices-panel", Panel).empty = "calculating…"
         self.query_one("#modules").focus()
@@ -306,7 +305,7 @@ class LoraScreen(WorkScreen):
             panel.empty = ""
             panel.show_title(costs_title(costs))
             with_bars = self.has_class("-very-wide") and self.has_class("-roomy")
-            lines = partial(choice_lines, costs, with_bars, has_even_colors(self))
+            lines = partial(choice_lines, costs, with_bars)
             self.query_one("#choices", Drawing).show(lines)
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:

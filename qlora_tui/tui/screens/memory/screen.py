@@ -121,7 +121,7 @@ class MemoryScreen(WorkScreen):
                 yield ItemsPanel()
                 with Vertical(id="memory-side"):
                     yield FitPanel()
-                    yield Panel("Settings", Lines(id="memory-settings"), id="memory-settings-panel")
+                    yield Panel("Change", Lines(id="memory-settings"), id="memory-settings-panel")
             yield Panel(TIMELINE, Drawing(id="timeline"), id="timeline-panel")
 
     def on_mount(self) -> None:
@@ -385,8 +385,7 @@ class MemoryScreen(WorkScreen):
         lowered = self._solution.lowered.get(self.precision, {})
         table = partial(settings_table, recipe, fitting, lowered, context)
         self.query_one("#memory-settings", Lines).show(table)
-        up, down = ("memory.length_up", "doubles"), ("memory.length_down", "halves")
-        title = settings_title(up, down, is_short=True)
+        title = settings_title("Change", ("memory.length_up", "×2"), ("memory.length_down", "÷2"))
         self.query_one("#memory-settings-panel", Panel).show_title(title)
 
     def _show_fit(self) -> None:
@@ -441,5 +440,5 @@ class MemoryScreen(WorkScreen):
             self._timeline = (estimate, moments)
         moments, when = self._timeline[1], peak_time(estimate, self._layers)
         panel.show_title(timeline_title(moments, budget.bytes, when))
-        timeline = self.query_one("#timeline", Drawing)
-        timeline.show(partial(timeline_lines, moments, budget.bytes, timeline))
+        lines = partial(timeline_lines, moments, budget.bytes, has_even_colors(self))
+        self.query_one("#timeline", Drawing).show(lines)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from textual.color import Color
 from textual.content import Content
 from textual.widget import Widget
 
@@ -69,8 +68,8 @@ class BarPart:
 
     name: str
     texture: str
-    """Character that fills a cell on a terminal with few colors. Parts that depend more on settings have
-    denser characters.
+    """Character that fills a cell on a terminal with few colors. Parts that settings change little have light
+    characters.
     """
     hue: str
     strength: int
@@ -101,8 +100,8 @@ PARTS: tuple[BarPart, ...] = (
     BarPart("base weights", "░", "$hardware", 55, frozenset(_BASE)),
     BarPart("adapter", "▚", "$training", 50, frozenset(ADAPTER_ITEMS)),
     BarPart("activations", "█", "$validation", 75, frozenset(_ACTIVATIONS)),
-    BarPart("loss", "▓", "$forgetting", 50, frozenset(("logits",))),
-    BarPart("overhead", "▒", "$foreground", 25, frozenset()),
+    BarPart("loss", "╳", "$forgetting", 50, frozenset(("logits",))),
+    BarPart("overhead", ":", "$foreground", 25, frozenset()),
 )
 """The parts of a bar from left to right. The last part contains the items that belong to no other part."""
 
@@ -112,17 +111,6 @@ def has_even_colors(widget: Widget) -> bool:
     textures.
     """
     return not lacks_shades(widget.app)
-
-
-def even_colors(widget: Widget) -> dict[str, str]:
-    """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
-    parts need opaque colors. On a terminal with few colors, the result is empty.
-    """
-    if not has_even_colors(widget):
-        return {}
-    app, under = widget.app, widget.background_colors[1]
-    hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
-    return {part.name: under.blend(hue, part.strength / 100).hex for part, hue in hues.items()}
 
 
 def part_of(key: str) -> BarPart:
@@ -474,7 +462,8 @@ def _item_line(
     """
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
-    figures = f" {format_bytes(size):>8} {format_percent(share):>4}"
+    percent = "<1%" if share < 0.005 else format_percent(share)
+    figures = f" {format_bytes(size):>8} {percent:>4}"
     # One cell is free between the figures and the scrollbar.
     cells = max(0, min(_ITEM_NAME, width - _ITEM_FIGURES - 1))
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures

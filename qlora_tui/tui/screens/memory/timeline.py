@@ -1,19 +1,17 @@
 """The timeline of the Memory screen: memory while the model is being loaded, and during a training step.
 
-The graph has the same parts as the bars of the peaks.
+The graph has the same parts as the bars of the peaks, in the same colors or textures.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise, product
-from operator import itemgetter
 
 from textual.content import Content
-from textual.widget import Widget
 
 from qlora_tui.formatting import GIB, format_bytes
 from qlora_tui.memory.step import PHASES, Moment, Phase
@@ -22,7 +20,6 @@ from qlora_tui.tui.render.plot import label
 from qlora_tui.tui.screens.memory.step_panels import (
     PARTS,
     BarPart,
-    even_colors,
     is_far_above,
     part_of,
 )
@@ -34,24 +31,17 @@ _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
 """Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
-_LEAST_FILLED = 1 / 16
-"""Smallest part of a cell that is drawn, as a fraction of the cell. Smaller parts are left out."""
+_LEAST_FILLED, _LEAST_TEXTURED = 1 / 16, 1 / 4
+"""Smallest fraction of a cell that is drawn: as a block, or as a texture, which fills the whole cell."""
 _STEPS, _MAX_STEP_ROWS = (1, 2, 4, 5, 8), 5
 """``_STEPS``: distances between two labels, times a power of ten, in GiB. ``_MAX_STEP_ROWS``: maximum
 distance in rows; the minimum is two.
 """
-_TOTAL = BarPart("total", "█", "$primary", 60, frozenset())
-"""The single part that is drawn if the graph has too few rows to show all parts."""
-_ALL_PARTS, _ONE_PART = " all parts together ", " one part in a cell "
-_TWO_PARTS = " at most two parts in a cell "
-"""Notes on the colors and textures of the graph."""
 _FREE = " ─╎"
-"""Characters that a label or a note may replace: an empty cell, the limit line, and the line between phases.
+"""Characters that a label may replace: an empty cell, the limit line, and the line between phases.
 """
-_MIN_PEAK_ROWS = 8
-"""Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
-contain several parts, but it can have only two colors.
-"""
+_LEAST_ROWS = 0.5
+"""Minimum height of a part, in rows. A part that is lower in all columns takes the look of the part below."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +66,16 @@ def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str
 
 
 def timeline_lines(
-    moments: tuple[Moment, ...],
-    limit_bytes: int,
-    widget: Widget,
-    width: int,
-    height: int,
+    moments: tuple[Moment, ...], limit_bytes: int, is_even: bool, width: int, height: int
 ) -> list[Content]:
     """Return ``height`` lines: the graph, with a scale in GiB on its left, and a last line with the names of
     the phases. If ``height`` is less than three, return no lines.
 
-    A label of the scale stands for the middle of its row; 0 is in the row of the phases. On a terminal with
-    few colors, each cell shows one part. On other terminals, a cell shows at most two parts; if there are too
-    few rows to show the parts, the graph shows only their total. Dashed lines above the graph separate the
-    phases.
+    A label of the scale stands for the middle of its row; 0 is in the row of the phases. Each cell shows the
+    largest of its parts. Parts that are too low to be seen take the look of the part below, but the label of
+    the peak has the sizes of all parts. Dashed lines above the graph separate the phases.
 
-    ``widget``: the widget on which the graph is drawn.
+    ``is_even``: whether cells have blocks instead of textures.
     """
     rows = height - 1
     if rows < 2:
@@ -102,29 +87,30 @@ def timeline_lines(
     labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows + 1, step_rows)}
     gutter = max(map(len, labels.values())) + 1
     columns = _columns(moments, max(len(PHASES), width - gutter))
-    even = even_colors(widget)
-    sums = _sums(columns)
-    note = _TWO_PARTS if even else _ONE_PART
-    if even and not _has_room_for_parts(columns, row_bytes, peak, sums):
-        note = _ALL_PARTS
-        columns = [replace(column, parts=((_TOTAL, column.total_bytes),)) for column in columns]
+    drawn = _visible_parts(columns, row_bytes)
     starts = [place for place in range(1, len(columns)) if columns[place].phase != columns[place - 1].phase]
     limit_row = min(rows, round(limit_bytes / row_bytes)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
-    lines = []
+    least = _LEAST_FILLED if is_even else _LEAST_TEXTURED
+    grid = []
     for row in range(rows, 0, -1):
-        text = labels.get(row, "")
-        edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
-        cells = [_cell(column, row, row_bytes, limit_bytes, sums, even) for column in columns]
+        cells = [
+            _cell(column, parts, row, row_bytes, limit_bytes, is_even=is_even)
+            for column, parts in zip(columns, drawn, strict=True)
+        ]
         for place in starts:
             if cells[place][0] == " " and (limit_row is None or row < limit_row):
                 cells[place] = ("╎", "dim")
         if row == limit_row:
             _draw_limit(cells, limit_bytes)
-        if row == int(peak / row_bytes + 0.5 - _LEAST_FILLED) + 1:
-            _draw_peak(cells, peak_column, peak)
-        if row == rows:
-            _draw_note(cells, note)
+        grid.append(cells)
+    above = rows - 1 - int(peak / row_bytes + 0.5 - least)
+    if above >= 0:
+        _draw_peak(grid, above, peak_column, columns[peak_column])
+    lines = []
+    for row, cells in zip(range(rows, 0, -1), grid, strict=True):
+        text = labels.get(row, "")
+        edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
         lines.append(edge + join_cells(cells))
     return [*lines, _foot(columns, labels[0], gutter, columns[peak_column].phase)]
 
@@ -172,101 +158,52 @@ def _column(moment: Moment) -> _GraphColumn:
     return _GraphColumn(moment.phase, tuple(ordered), moment.total_bytes)
 
 
-def _sums(columns: Sequence[_GraphColumn]) -> Counter[BarPart]:
-    """Return the sum of each part over all columns, in bytes."""
-    sums: Counter[BarPart] = Counter()
+def _visible_parts(columns: Sequence[_GraphColumn], row_bytes: float) -> list[Counter[BarPart]]:
+    """Return the size of each part of each column, in bytes, in the order of the graph. Parts that are lower
+    than :data:`_LEAST_ROWS` in all columns are added to the part below or, if there is none, to the part with
+    the largest size.
+    """
+    most: Counter[BarPart] = Counter()
     for column in columns:
-        sums.update(dict(column.parts))
-    return sums
-
-
-def _has_room_for_parts(
-    columns: Sequence[_GraphColumn],
-    row_bytes: float,
-    peak: int,
-    sums: Mapping[BarPart, int],
-) -> bool:
-    """Return whether the graph is tall enough to show the parts, at most two in a cell. The peak must be at
-    least :data:`_MIN_PEAK_ROWS` high, and every part that is taller than an eighth of a row in any column
-    must be visible in at least one cell.
-    """
-    rows = int(peak / row_bytes + 0.5)
-    if rows < _MIN_PEAK_ROWS:
-        return False
-    needed = {part for column in columns for part, size in column.parts if size * 8 > row_bytes}
-    cells = (_parts_of_cell(column, row, row_bytes) for column in columns for row in range(1, rows + 1))
-    return needed <= {part for cell in cells for part in _drawn_parts(cell, sums, is_even=True)}
-
-
-def _drawn_parts(
-    covered: Sequence[tuple[BarPart, float]], sums: Mapping[BarPart, int], *, is_even: bool
-) -> list[BarPart]:
-    """Return the parts that a cell shows, at most two, the lower part first. The list is empty if the cell is
-    almost empty.
-
-    The preferred one of several parts is the part with the smallest total over the whole graph, since it
-    might not be visible in other cells.
-
-    A cell can show two parts only if it is full and ``is_even`` is True. The first one is the lowest part of
-    the cell. The second one is the preferred part among those above it that cover at least an eighth of the
-    cell. If the cell shows only one part, this is its largest part or, without ``is_even``, the preferred
-    part among those that are at least half as large as the largest.
-    """
-    filled = sum(share for _, share in covered)
-    if filled < _LEAST_FILLED:
-        return []
-    (lowest, share), (largest, most) = covered[0], max(covered, key=itemgetter(1))
-    if not is_even:
-        return [min((part for part, size in covered if size >= most / 2), key=lambda part: sums[part])]
-    above = [part for part, size in covered[1:] if size >= 1 / 8]
-    if filled < 15 / 16 or not above or not 1 / 16 < share < 15 / 16:
-        return [largest]
-    return [lowest, min(above, key=lambda part: sums[part])]
-
-
-def _parts_of_cell(column: _GraphColumn, row: int, row_bytes: float) -> list[tuple[BarPart, float]]:
-    """Return (part, fraction of the cell that the part covers), from the bottom of the cell."""
-    low, high = (row - 0.5) * row_bytes, (row + 0.5) * row_bytes
-    begin, end, covered = 0, 0, list[tuple[BarPart, float]]()
-    for part, size in column.parts:
-        end += size
-        share = (min(end, high) - max(begin, low)) / row_bytes
-        covered += [(part, share)] if share > 0 else []
-        begin = end
-    return covered
+        most |= Counter(dict(column.parts))
+    largest = max(most, key=lambda part: most[part])
+    drawn = []
+    for column in columns:
+        look, sizes = largest, Counter[BarPart]()
+        for part, size in column.parts:
+            look = part if most[part] >= _LEAST_ROWS * row_bytes else look
+            sizes[look] += size
+        drawn.append(sizes)
+    return drawn
 
 
 def _cell(
     column: _GraphColumn,
+    parts: Counter[BarPart],
     row: int,
     row_bytes: float,
     limit_bytes: int,
-    sums: Mapping[BarPart, int],
-    even: Mapping[str, str],
+    *,
+    is_even: bool,
 ) -> tuple[str, str]:
-    """Return (character, style) of a cell. A cell that is partly filled or has two parts is drawn with a
-    block character, in steps of an eighth of a cell. If cells have textures, such a block is dim, since it
-    would look brighter than the textures, which do not cover their whole cell. Memory above the limit is
-    drawn in the error color.
+    """Return (character, style) of a cell: the look of its largest part or, of equal parts, of the lowest. A
+    cell that is partly filled is drawn with a block in steps of an eighth of a cell; with textures, it is
+    either full or empty. Memory above the limit is drawn in the error color.
 
-    ``even``: the opaque color of each part, by the part's name, for cells with two parts; empty if cells have
-    textures.
+    ``parts``: as :func:`_visible_parts` returns them.
     """
-    covered = _parts_of_cell(column, row, row_bytes)
-    parts = _drawn_parts(covered, sums, is_even=bool(even))
-    if not parts:
+    low, high = (row - 0.5) * row_bytes, (row + 0.5) * row_bytes
+    filled = (min(column.total_bytes, high) - low) / row_bytes
+    if filled < (_LEAST_FILLED if is_even else _LEAST_TEXTURED):
         return " ", ""
-    filled = sum(share for _, share in covered)
+    begin, shares = 0, dict[BarPart, float]()
+    for part, size in parts.items():
+        shares[part] = min(begin + size, high) - max(begin, low)
+        begin += size
+    block = "█" if filled >= 15 / 16 else _EIGHTHS[round(filled * 8)]
+    glyph, style = max(shares, key=lambda part: shares[part]).drawn(is_even=is_even, block=block)
     # In a column above the limit, the error color begins in the cell that contains the limit.
-    is_over = min((row + 0.5) * row_bytes, column.total_bytes) > limit_bytes
-    if filled < 15 / 16:
-        block = parts[0].drawn(is_even=True)[1] if even else f"{parts[0].hue} dim"
-        return _EIGHTHS[round(filled * 8)], "$error" if is_over else block
-    if is_over or len(parts) == 1:
-        glyph, style = parts[-1].drawn(is_even=bool(even), block="█")
-        return glyph, "$error" if is_over else style
-    lower, above = (even[part.name] for part in parts)
-    return _EIGHTHS[min(7, max(1, round(covered[0][1] * 8)))], f"{lower} on {above}"
+    return glyph, "$error" if min(high, column.total_bytes) > limit_bytes else style
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
@@ -279,21 +216,27 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
         cells[1 : len(text) + 1] = [(letter, "$warning") for letter in text]
 
 
-def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """If there is room in this row, write the size of the peak, with ``▾`` above the column of the peak."""
-    start, text = column, f"▾ peak {format_bytes(peak)} "
-    if start + len(text) > len(cells):
-        text = f" peak {format_bytes(peak)} ▾"
-        start = max(0, column + 1 - len(text))
-    if all(glyph in _FREE for glyph, _ in cells[start : start + len(text)]):
-        cells[start : start + len(text)] = [(letter, "bold") for letter in text]
-
-
-def _draw_note(cells: list[tuple[str, str]], text: str) -> None:
-    """Write the note ``text`` at the right end of a row if there is room and no memory is drawn there."""
-    room = slice(len(cells) - len(text) - 1, len(cells) - 1)
-    if room.start > 0 and all(glyph in _FREE for glyph, _ in cells[room]):
-        cells[room] = [(letter, "dim") for letter in text]
+def _draw_peak(grid: list[list[tuple[str, str]]], row: int, place: int, column: _GraphColumn) -> None:
+    """Write the size of the peak and of its parts, the largest first, with ``▾`` at ``place`` in ``row``,
+    which is above the column of the peak. If the row has too little room, the sizes are in the row above; if
+    that has too little room too, the sizes of the parts are left out.
+    """
+    peak = f"peak {format_bytes(column.total_bytes)}"
+    sizes = sorted(((part, size) for part, size in column.parts if size), key=lambda each: -each[1])
+    parts = ": " + ", ".join(f"{part.name} {format_bytes(size)}" for part, size in sizes)
+    long, short = f"{peak}{parts}", peak
+    shifted = max(0, min(place, len(grid[row]) - len(long) - 2))
+    tries = [(row, place, f"▾ {long} "), (row, place - len(long) - 2, f" {long} ▾")]
+    tries += [(row - 1, shifted, f" {long} ")] if row else []
+    tries += [(row, place, f"▾ {short} "), (row, place - len(short) - 2, f" {short} ▾")]
+    for at, start, text in tries:
+        room = slice(start, start + len(text))
+        cells = grid[at]
+        if start >= 0 and room.stop <= len(cells) and all(glyph in _FREE for glyph, _ in cells[room]):
+            plain = range(text.index(peak) + len(peak), len(text.rstrip(" ▾")))
+            cells[room] = [(each, "" if number in plain else "bold") for number, each in enumerate(text)]
+            grid[row][place] = ("▾", "bold")
+            return
 
 
 def _foot(columns: list[_GraphColumn], zero: str, gutter: int, peak_phase: Phase) -> Content:
