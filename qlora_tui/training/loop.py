@@ -447,7 +447,7 @@ class Loop:
         if finding is not None:
             saved_step = self.progress.checkpoint_step
             hint = (
-                f"the checkpoint at step {saved_step} is good"
+                f"the checkpoint at step {saved_step} was saved before it"
                 if saved_step >= 0
                 else "there is no checkpoint yet"
             )

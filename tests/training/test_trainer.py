@@ -300,7 +300,7 @@ def test_a_nan_loss_ends_the_run_and_keeps_the_checkpoint(recipe: MakeRecipe, tr
     assert events_of(run, Step)[-1].loss is None or events_of(run, Step)[-1].grad_norm is None
     saved = [step for step, _ in run.checkpoints()]
     assert saved and saved[-1] < events_of(run, Step)[-1].step
-    assert f"the checkpoint at step {saved[-1]} is good" in ending.why
+    assert f"the checkpoint at step {saved[-1]} was saved before it" in ending.why
 
 
 def test_a_second_trainer_of_a_run_is_refused(recipe: MakeRecipe, trainers: Trainers) -> None:

@@ -117,7 +117,7 @@ async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) ->
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
         await wait_for_text(
-            pilot, "The export has started", "Exports of this run", "Q8_0  Starting", "x cancel"
+            pilot, "The export continues when", "Exports of this run", "Q8_0  Starting", "x cancel"
         )
         (export,) = read_exports(run)
         assert export.request.out == str(tmp_path / "models" / "tickets-Q8_0.gguf")
@@ -151,7 +151,7 @@ async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_
         await pilot.press("up")
         await wait_for_text(pilot, "left no files", "r start again")
         await pilot.press("r")
-        await wait_for_text(pilot, "The export has started", "merged model  Starting")
+        await wait_for_text(pilot, "The export continues when", "merged model  Starting")
         (again,) = read_exports(run)
         assert again.request == request
         # It is running now.

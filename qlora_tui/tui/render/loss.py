@@ -334,7 +334,7 @@ def _change_bar(part: float, width: int) -> str:
     bar, negative for a fall. The bar of a change that exceeds a full bar is clipped.
     """
     drawn = bar(max(abs(part), 0.5 / max(1, width)), width, has_track=False).rstrip()
-    return RISE + drawn[1:] if part > 0 else drawn
+    return (RISE + drawn[1:])[:width] if part > 0 else drawn
 
 
 def validation_lines(

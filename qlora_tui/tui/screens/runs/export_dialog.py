@@ -262,7 +262,7 @@ class ExportScreen(Dialog[None]):
         return True
 
     def _show_started(self, export: Export) -> None:
-        self._say("The export has started, and continues when you close this window or the app.")
+        self._say("")
         self._refresh_exports(select=export)
 
     @property
@@ -367,7 +367,7 @@ class ExportScreen(Dialog[None]):
     def _say(self, text: str) -> None:
         message = self.query_one("#export-message", Static)
         message.update(text)
-        message.display = True
+        message.display = bool(text)
 
 
 def _label(name: str) -> Content:
@@ -473,7 +473,8 @@ def export_detail(export: Export) -> str:
             run_it = f"▸ {status.command}" if status.command else ""
             return "\n".join(filter(None, (f"{size} in {paths}", status.summary, run_it)))
         case "running":
-            return "\n".join(filter(None, (status.activity, status.note)))
+            continues = "The export continues when you close this window or the app."
+            return "\n".join(filter(None, (status.activity, status.note, continues)))
         case "failed":
             written = f"Written: {', '.join(map(abbreviate_home, status.paths))}" if status.paths else ""
             return "\n".join(filter(None, (status.problem, written, status.summary)))
