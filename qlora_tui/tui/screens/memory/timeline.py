@@ -218,8 +218,8 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 def _draw_peak(grid: list[list[tuple[str, str]]], row: int, place: int, column: _GraphColumn) -> None:
     """Write the size of the peak and of its parts, the largest first, with ``▾`` at ``place`` in ``row``,
-    which is above the column of the peak. If the row has too little room, the sizes are in the row above; if
-    that has too little room too, the sizes of the parts are left out.
+    which is above the column of the peak. If the row has too little room, the sizes are in the row above or,
+    if that is not free, in ``row`` without ``▾``. If they do not fit at all, only the peak has its size.
     """
     peak = f"peak {format_bytes(column.total_bytes)}"
     sizes = sorted(((part, size) for part, size in column.parts if size), key=lambda each: -each[1])
@@ -227,7 +227,7 @@ def _draw_peak(grid: list[list[tuple[str, str]]], row: int, place: int, column: 
     long, short = f"{peak}{parts}", peak
     shifted = max(0, min(place, len(grid[row]) - len(long) - 2))
     tries = [(row, place, f"▾ {long} "), (row, place - len(long) - 2, f" {long} ▾")]
-    tries += [(row - 1, shifted, f" {long} ")] if row else []
+    tries += [(at, shifted, f" {long} ") for at in (row - 1, row) if at >= 0]
     tries += [(row, place, f"▾ {short} "), (row, place - len(short) - 2, f" {short} ▾")]
     for at, start, text in tries:
         room = slice(start, start + len(text))
@@ -235,7 +235,8 @@ def _draw_peak(grid: list[list[tuple[str, str]]], row: int, place: int, column: 
         if start >= 0 and room.stop <= len(cells) and all(glyph in _FREE for glyph, _ in cells[room]):
             plain = range(text.index(peak) + len(peak), len(text.rstrip(" ▾")))
             cells[room] = [(each, "" if number in plain else "bold") for number, each in enumerate(text)]
-            grid[row][place] = ("▾", "bold")
+            if at != row:
+                grid[row][place] = ("▾", "bold")
             return
 
 
