@@ -50,7 +50,6 @@ from qlora_tui.tui.render.labels import (
     progress_figures,
     recipe_fit,
     recipe_line,
-    refusal_words,
     result_label,
     verdict_content,
 )
@@ -396,14 +395,14 @@ def recipe_lines(
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
     if fit is not None:
+        refused = None if refusal is None else Content.styled(f"✗ {CANNOT_TRAIN}", "$error")
         if is_compact:  # Compact lines share the width with the expected time.
-            reason = Content.styled("" if refusal is None else f"  ✗ {CANNOT_TRAIN}", "$error")
-            memory = [fit.draw(0, max_bar=0) + reason]
+            line = fit.draw(0, max_bar=0)
+            memory = [line if refused is None else Content.assemble(line, "  ", refused)]
         else:
             head = Content.styled(f"{'memory':<{_LABEL}}", "dim")
             memory = hanging(head, fit.draw_wrapped(width - _LABEL), width)
-            reason = Content.styled("" if refusal is None else f"✗ {refusal_words(refusal)}", "$error")
-            memory += hanging(Content(" " * _LABEL), reason, width) if reason else []
+            memory += [] if refused is None else [Content.assemble(" " * _LABEL, refused)]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
     if is_compact:
