@@ -1,15 +1,15 @@
 """Filters that each painted line passes through on its way to the terminal.
 
 :class:`VisibleTextFilter` makes control characters visible, so that no text can control the terminal.
-:class:`MonochromeFilter` replaces colors with attributes on terminals without color. :class:`DimFilter`
-dims the screen behind a dialog. :func:`fallback_glyphs` replaces characters that the Linux console lacks.
+:class:`MonochromeFilter` replaces colors with attributes on terminals without color. :func:`dimmed` dims
+the screen behind a dialog. :func:`fallback_glyphs` replaces characters that the Linux console lacks.
 """
 
 from __future__ import annotations
 
 import curses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 from rich.cells import cell_len
@@ -151,16 +151,22 @@ def _is_foreground(color: RichColor | None, *, otherwise: bool) -> bool:
     return Color.from_rich_color(color).brightness > _BRIGHT
 
 
-class DimFilter(LineFilter):
-    """Makes all text dim, and removes its color and other attributes. Background colors are kept, except
-    under reversed text.
+def dimmed(segments: Iterable[Segment], *, keeps_reverse: bool) -> list[Segment]:
+    """Return the segments with dim text, without its color and other attributes. Background colors are kept,
+    except under reversed text. With ``keeps_reverse``, reversed text stays reversed.
     """
-
-    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        return [
-            Segment(text, Style(dim=True, bgcolor=style.bgcolor if style else None), control)
-            for text, style, control in segments
-        ]
+    return [
+        Segment(
+            text,
+            Style(
+                dim=True,
+                bgcolor=style.bgcolor if style else None,
+                reverse=bool(keeps_reverse and style and style.reverse),
+            ),
+            control,
+        )
+        for text, style, control in segments
+    ]
 
 
 _FALLBACKS = {

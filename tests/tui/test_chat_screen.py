@@ -325,7 +325,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
     # The first poll finds the GPU when the screen is already open.
     install_nvml_stub(monkeypatch, "one_gpu")
     install_torch(monkeypatch, "12.4")
-    rows = tickets(private_home / "tickets.jsonl")
+    rows = tickets(private_home / "tickets.jsonl", 23)
     model = config_folder(private_home, "Qwen__Qwen2.5-7B")
     recipe = Recipe(model=Model(id=str(model)), data=Data(sources=(Source(path=str(rows)),)))
     run = write_fake_run(FakeRun(state="finished", steps=300, total=300, recipe=recipe))

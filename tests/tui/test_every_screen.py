@@ -102,7 +102,12 @@ async def test_behind_a_dialog_a_screen_is_dimmed_and_has_no_keys_and_no_focus(
         assert not shown.splitlines()[-1].strip()
         if theme == "terminal-dark":
             behind = [segment.style or Style() for segment in segments_of(app)[0]]
-            assert all(style.dim and not style.reverse and style.color is None for style in behind)
+            assert all(style.dim and style.color is None for style in behind)
+            assert [one.text for one in segments_of(app)[0] if one.style and one.style.reverse] == [
+                " 1 Model "
+            ]
+            x = next(line.index("╭") for line in shown.splitlines() if "╭" in line)
+            assert {line[x - 1] for line in shown.splitlines() if line[x : x + 1] == "│"} == {" "}
         await pilot.press("escape")
         await wait_until(pilot, lambda: segments_of(app) == before)
 

@@ -342,9 +342,8 @@ def validation_lines(
 ) -> list[Content]:
     """Return a header line, and a line for each evaluation, newest first. A line has the step, the loss, and
     the change since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not
-    all evaluations fit, the best and the newest ones are shown. With at least three lines for evaluations,
-    the last line then gives the number of the evaluations left out and, if the first evaluation is one of
-    them, its loss.
+    all evaluations fit, the newest ones are shown. With at least three lines for evaluations, the last line
+    then gives the number of the evaluations left out and the loss of the first one.
 
     A full bar stands for the largest change in the lines that are shown. If the first change of the run is
     more than :data:`_OUTLIER` times as large as each of the others, a full bar stands for the largest of the
@@ -355,7 +354,7 @@ def validation_lines(
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
-        best_step: Step of the best evaluation, whose line is always shown; None if there is none.
+        best_step: Step of the best evaluation, which is marked; None if there is none.
         width: Width of the lines, in cells.
         height: Maximum number of lines. If it is 1 and there is an evaluation, the header line is left out.
     """
@@ -365,10 +364,7 @@ def validation_lines(
     rows = height - has_titles
     shown = list(range(len(evaluations)))
     if len(evaluations) > rows:
-        best = [number for number in shown if evaluations[number][0] == best_step]
-        newest = [number for number in reversed(shown) if number not in best]
-        most_shown = rows - (rows > _LEAST_WITH_OTHERS)
-        shown = sorted([*best, *newest][: max(1, most_shown)])
+        shown = shown[-max(1, rows - (rows > _LEAST_WITH_OTHERS)) :]
     sizes = {number: abs(changes[number]) for number in shown if math.isfinite(changes[number])}
     initial, others = sizes.pop(1, 0.0), max(sizes.values(), default=0.0)
     level = max((abs(losses[number]) for number in shown if math.isfinite(losses[number])), default=0.0)
@@ -392,6 +388,6 @@ def validation_lines(
         lines.append(line)
     if len(shown) < len(evaluations) and rows > _LEAST_WITH_OTHERS:
         step, loss, _ = evaluations[0]
-        first = f", {format_loss(loss)} at step {step:,}" if shown[0] else ""
-        lines.append(Content.styled(f"  {len(evaluations) - len(shown):,} more{first}", "dim"))
+        others_text = f"  {len(evaluations) - len(shown):,} more, {format_loss(loss)} at step {step:,}"
+        lines.append(Content.styled(others_text, "dim"))
     return lines

@@ -21,8 +21,6 @@ adjacent rows do not merge.
 """
 CLIPPED = "▶"
 """Last cell of a bar that would be longer than the room for it."""
-_SOFT = "50%"
-"""Opacity of the columns in a chart that is mostly filled."""
 _FULL = 0.8
 
 
@@ -64,11 +62,11 @@ def history(
     values: Sequence[float | None], low: float, high: float, height: int, style: str
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the shortest
-    column, and a value of ``high`` the tallest. The columns are partly transparent, because they fill most of
-    the chart.
+    column, and a value of ``high`` the tallest. The columns are dim, because they fill most of the chart and
+    would outweigh a curve above them.
     """
     rows = blocks(values, low, high, height, is_apart=True)
-    return [Content.styled(row, f"{style} {_SOFT}") for row in rows]
+    return [Content.styled(row, f"{style} dim") for row in rows]
 
 
 def _level(value: float | None, low: float, high: float, levels: int) -> int:

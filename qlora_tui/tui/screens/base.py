@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 from textual import on
 from textual.app import ComposeResult
 from textual.events import ScreenResume
-from textual.filter import LineFilter
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.messages import Prune
 from textual.screen import ModalScreen, Screen
+from textual.strip import Strip
 from textual.widget import Widget
 
 from qlora_tui.errors import UserError
@@ -22,7 +22,7 @@ from qlora_tui.tui import process
 from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, WIDE_CELLS
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.line_filters import DimFilter
+from qlora_tui.tui.line_filters import dimmed
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.textual_compat import add_size_classes
 from qlora_tui.tui.widgets import column  # noqa: F401  # the style sheets name its layout
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
 Answer = TypeVar("Answer")
-_DIM = DimFilter()
 _FREEZE_AFTER_S = 4.0
 """Seconds from the first display of a screen until its objects are exempted from garbage collection. By then,
 the long-lived objects of the screen exist.
@@ -58,15 +57,31 @@ class CancelsWorkersFirst(Widget):
 
 class DimsScreenBehind(Widget):
     """Mixin for a dialog that dims the screen behind it. With enough colors, a translucent background dims
-    that screen (``app.tcss``). Otherwise, this mixin draws the text of that screen dim.
+    that screen (``app.tcss``). Otherwise, this mixin draws the text of that screen dim, except the mark of
+    the current screen in the top line, and leaves a blank column at each side of the dialog, so that no cut
+    words touch its frame.
     """
 
-    def get_line_filters(self) -> Sequence[LineFilter]:
-        """Return the filters for the lines that this widget itself draws. They show the screen behind the
-        dialog; the contents of the dialog are drawn by its children.
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Return the rendered lines of the screen behind the dialog. The contents of the dialog are drawn by
+        its children.
         """
-        filters = super().get_line_filters()
-        return filters if self.app.has_class("-surfaces") else (*filters, _DIM)
+        lines = super().render_lines(crop)
+        if self.app.has_class("-surfaces"):
+            return lines
+        frames = [child.region for child in self.children if child.display]
+        return [
+            self._quiet(line, y, crop.x, [each for each in frames if each.y <= y < each.bottom])
+            for y, line in enumerate(lines, crop.y)
+        ]
+
+    def _quiet(self, line: Strip, y: int, left: int, frames: Sequence[Region]) -> Strip:
+        line = Strip(dimmed(line, keeps_reverse=y == 0), line.cell_length)
+        for frame in frames:
+            for x in (frame.x - 1 - left, frame.right - left):
+                if 0 <= x < line.cell_length:
+                    line = Strip.join([line.crop(0, x), Strip.blank(1), line.crop(x + 1)])
+        return line
 
 
 class Dialog(ModalScreen[Answer], DimsScreenBehind):

@@ -82,13 +82,26 @@ class ReversingList(OptionList):
         return style + VisualStyle(reverse=True) if is_reversed else style
 
     def render_line(self, y: int) -> Strip:
-        """Return a line of the list. A reversed line has only two colors, because ``reverse`` would turn each
-        color of its text into a background color.
+        """Return a line of the list. In the line under the cursor, no text is dim or muted. If this line is
+        reversed, it has only two colors, because ``reverse`` would turn each color of its text into a
+        background color.
         """
         strip = super().render_line(y)
-        if not all(style and style.reverse for _, style, _ in strip):
+        if all(style and style.reverse for _, style, _ in strip):
+            return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
+        cursor = self.get_visual_style("option-list--option-highlighted").rich_style
+        if not self.has_focus or any(not style or style.bgcolor != cursor.bgcolor for _, style, _ in strip):
             return strip
-        return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
+        muted = self.get_visual_style("option-list--option-disabled").rich_style.color
+        plain = Style(color=cursor.color, dim=False)
+        return Strip(
+            [
+                Segment(text, style + (plain if style.color == muted else Style(dim=False)))
+                for text, style, _ in strip
+                if style
+            ],
+            strip.cell_length,
+        )
 
 
 class ViList(ReversingList):
@@ -484,7 +497,6 @@ _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 add_border("surface", (("▐", " ", "▌"), ("▐", " ", "▌"), (" ", " ", " ")), on_parent=("▐", "▌", "bottom"))
 add_border("surface-keys", (("▐", " ", "▌"),) * 3, on_parent=("▐", "▌"))
 add_border("rule", ((" ", "─", " "), (" ", " ", " "), (" ", " ", " ")), on_parent=())
-add_border("rule-keys", ((" ", "─", " "), (" ", " ", " "), (" ", "─", " ")), on_parent=())
 
 
 def is_covered(screen: Screen[Any]) -> bool:
@@ -505,10 +517,9 @@ class Panel(Vertical):
 
     Only the panel with the focus has a frame, which is double on terminals without color. While a dialog
     covers the screen, no panel has a frame. Other panels are tinted surfaces or, with at most 16 colors, have
-    a rule at the top and, if they have keys, at the bottom (``app.tcss``). The contents of a panel take the
-    same cells with and without the focus. In windows with fewer than 100 columns or 30 rows
-    (``breakpoints``), a panel has only a rule at the top, and its keys are in the footer. A panel that is
-    ``empty`` takes one line.
+    a rule at the top (``app.tcss``). The contents of a panel take the same cells with and without the focus.
+    In windows with fewer than 100 columns or 30 rows (``breakpoints``), a panel has only a rule at the top,
+    and its keys are in the footer. A panel that is ``empty`` takes one line.
     """
 
     DEFAULT_CSS = """
@@ -519,9 +530,6 @@ class Panel(Vertical):
         border-title-color: $primary;
         border-title-style: bold;
         border-subtitle-color: $text-muted;
-        &.-keys {
-            border: rule-keys $border-blurred;
-        }
         &:focus-within {
             border: round $border;
         }
@@ -588,9 +596,7 @@ class Panel(Vertical):
         if crop.y == 0:
             lines[0] = _joined(lines[0], (0, 1), (2, width - 1), (width - 2, width))
         if crop.bottom == height > 1:
-            # A rule starts where the contents start; the other kinds of border are closed on the left.
-            left = ((0, 1), (0, 1)) if str(self.styles.border_bottom[0]) == "rule-keys" else ((0, 2),)
-            lines[-1] = _joined(lines[-1], *left, (1, width - 2), (width - 1, width))
+            lines[-1] = _joined(lines[-1], (0, 2), (1, width - 2), (width - 1, width))
         return [line.crop(crop.x, crop.right) for line in lines]
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:

@@ -46,12 +46,10 @@ from qlora_tui.tui.screens.chat.recorded_answers import RecordedAnswers, recorde
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import HEADING, ViList
 
-_MAX_OF_KIND = 24
+_MAX_OF_KIND = 60
 """Maximum number of prompts of each kind that are read."""
-_FEW, _MOST = 4, 24
-"""Minimum number of starter prompts before the first message, and maximum number at any time. Between these
-limits, there are as many prompts as free rows.
-"""
+_FEW = 4
+"""Minimum number of starter prompts before the first message. With more free rows, there are more prompts."""
 _LATER, _LATER_IF_TALL = 1, 3
 """Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
@@ -240,7 +238,7 @@ def offered_prompts(
     start: ChatStart, asked: Collection[str], rows: int, *, is_tall: bool
 ) -> tuple[Starter, ...]:
     """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`. Return as many
-    as there are rows, between a minimum and a maximum. If there are too many prompts, leave out the last ones
+    as there are rows, but at least a minimum number. If there are too many prompts, leave out the last ones
     or, before the first message, the last ones of ``start`` that belong to the most frequent kind.
 
     Args:
@@ -253,7 +251,7 @@ def offered_prompts(
     own = [each for each in start.prompts if each.prompt not in asked]
     unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED if prompt not in asked]
     least = _FEW if not asked else _LATER_IF_TALL if is_tall else _LATER
-    most = max(least, min(rows, _MOST))
+    most = max(least, rows)
     if asked:
         return (*own, *unrelated)[:most]
     while len(own) > most - len(unrelated):

@@ -388,8 +388,8 @@ def recipe_lines(
         expected: The forecast of a run; None if unknown.
         width: Width of a line, in cells.
         is_compact: Whether to use as few lines as possible. If not, each item has its own line.
-        is_quiet: Whether a run is active, which must stand out. With ``is_compact``, there are then at most
-            two lines.
+        is_quiet: Whether a run is active, which must stand out: warnings about the recipe are dim. With
+            ``is_compact``, there are then at most two lines.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -409,7 +409,7 @@ def recipe_lines(
         parts = list(memory)
         if expected is not None:
             duration, note = _time_words(expected)
-            parts += _shortage(expected, width)
+            parts += _shortage(expected, width, is_quiet=is_quiet)
             known = (duration if expected.duration else "", note)
             parts.append(Content.styled("   ".join(filter(None, known)), "dim"))
         # The panel's title names the preset.
@@ -428,7 +428,10 @@ def recipe_lines(
     ]
     lines = [line for row in rows for line in _with_note(*row, width)]
     if expected is not None:
-        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width)]
+        memory += [
+            *_with_note("time", *_time_words(expected), width),
+            *_shortage(expected, width, is_quiet=is_quiet),
+        ]
     return [*lines, *memory]
 
 
@@ -508,14 +511,15 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
     return expected.duration or "unknown: no run here yet", ", ".join(filter(None, (steps, source)))
 
 
-def _shortage(expected: Forecast, width: int) -> list[Content]:
+def _shortage(expected: Forecast, width: int, *, is_quiet: bool) -> list[Content]:
     """If the run has too few steps to learn much, return a warning, with the key of the screen on which the
-    user can fix this. Otherwise, return no lines.
+    user can fix this. Otherwise, return no lines. With ``is_quiet``, the warning is dim.
     """
     words = expected.length.shortage
     if not words:
         return []
-    lines = hanging(Content.styled("! ", "$warning"), Content.styled(words, "$warning"), width)
+    style = "dim" if is_quiet else "$warning"
+    lines = hanging(Content.styled("! ", style), Content.styled(words, style), width)
     fix = Content(" ▸ ") + highlight_keys(f"{key_name('go.train')} fix")
     if lines[-1].cell_length + fix.cell_length <= width:
         return [*lines[:-1], lines[-1] + fix]

@@ -138,6 +138,14 @@ def reason(summary: RunSummary) -> Content:
     return Content("" if text == ALL_STEPS_DONE else text)
 
 
+def rates_have_exponents(rows: Sequence[RunSummary]) -> bool:
+    """Return whether a list of these runs writes all learning rates with exponents, because one needs an
+    exponent.
+    """
+    rates = {each.value for row in rows for each in row.settings if each.title == "lr"}
+    return len(rates) > 1 and any("e-" in rate for rate in rates)
+
+
 def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
     """Yield a column for each setting in which the runs differ. If there is no room for all, the settings
     with the fewest different values are left out first.
@@ -531,13 +539,16 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     return lines
 
 
-def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
+def settings_lines(recipe: Recipe | None, width: int, *, has_exponents: bool = False) -> list[Content]:
     """Return lines with the settings that most often differ between runs. ``recipe``: None if it cannot be
-    read.
+    read. With ``has_exponents``, the learning rate has an exponent, as in a list of runs beside the lines.
     """
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
-    rows: list[tuple[str, Content | str]] = [*recipe_facts(recipe, width - _LABEL)]
+    rows: list[tuple[str, Content | str]] = []
+    for label, value in recipe_facts(recipe, width - _LABEL):
+        rate, *rest = value.split(" ", 1) if label == "lr" and has_exponents else (value,)
+        rows.append((label, " ".join([with_exponent(rate), *rest]) if rest else value))
     if recipe.note:
         rows.append(("note", " ".join(recipe.note.split())))
     return _rows(rows, width)

@@ -43,6 +43,7 @@ from qlora_tui.tui.screens.runs.run_list import (
     files_lines,
     log_lines,
     preview_title,
+    rates_have_exponents,
     result_lines,
     run_keys,
     settings_lines,
@@ -112,6 +113,8 @@ class RunsScreen(RunCommands):
         self._footer_key: object = None
         self._shared: tuple[MainSetting, ...] = ()
         """The settings that all listed runs share."""
+        self._has_exponents = False
+        """Whether the list writes learning rates with exponents."""
 
     @property
     def help_state(self) -> str:
@@ -278,6 +281,7 @@ class RunsScreen(RunCommands):
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         words = f" · {number}, {self.order.label}" if total else ""
         self._shared = shared_settings(row.settings for row in rows)
+        self._has_exponents = rates_have_exponents(rows)
         if self._shared:
             words += f" · all {setting_words(self._shared)}"
         if any_unmeasured:
@@ -333,7 +337,8 @@ class RunsScreen(RunCommands):
         width = max(20, self.query_one("#run-result").content_size.width)
         self._show("run-result", result_lines(summary, clock.now(), width, self.progress_of(summary.id)))
         if files is not None:
-            self._show("run-settings", settings_lines(files.recipe, width))
+            settings = settings_lines(files.recipe, width, has_exponents=self._has_exponents)
+            self._show("run-settings", settings)
             self._show("run-files", files_lines(summary, files, width))
             self.query_one("#run-log", Drawing).show(partial(log_lines, files.log))
 
