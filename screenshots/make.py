@@ -82,7 +82,7 @@ CHAT = Picture("chat", _LOOP_SIZE, shows="demo", model=SMALL, prompt="What is th
 BEFORE_THE_RUN = (
     (Picture("models", _LOOP_SIZE, shows=SMALL, model=SMALL), 1.8),
     (Picture("data", _LOOP_SIZE, shows="99% ≤", model=SMALL), 2.6),
-    (Picture("memory", _LOOP_SIZE, shows="doubles", model=SMALL), 2.4),
+    (Picture("memory", _LOOP_SIZE, shows="Change", model=SMALL), 2.4),
     (Picture("lora", _LOOP_SIZE, shows="q_proj", model=SMALL), 1.6),
 )
 """The first frames of the moving picture, and how many seconds each is shown."""
