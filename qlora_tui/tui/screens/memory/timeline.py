@@ -75,7 +75,8 @@ def timeline_lines(
     largest of its parts. Parts that are too low to be seen take the look of the part below, but the label of
     the peak has the sizes of all parts. Dashed lines above the graph separate the phases.
 
-    ``is_even``: whether cells have blocks instead of textures.
+    ``is_even``: whether cells have blocks instead of textures. If only one part can be seen, the graph has
+    dim blocks instead of its texture.
     """
     rows = height - 1
     if rows < 2:
@@ -88,6 +89,9 @@ def timeline_lines(
     gutter = max(map(len, labels.values())) + 1
     columns = _columns(moments, max(len(PHASES), width - gutter))
     drawn = _visible_parts(columns, row_bytes)
+    # One texture would only hide how the total changes, so draw the total with blocks instead.
+    is_total = not is_even and len(set().union(*drawn)) == 1
+    is_even = is_even or is_total
     starts = [place for place in range(1, len(columns)) if columns[place].phase != columns[place - 1].phase]
     limit_row = min(rows, round(limit_bytes / row_bytes)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
@@ -98,6 +102,8 @@ def timeline_lines(
             _cell(column, parts, row, row_bytes, limit_bytes, is_even=is_even)
             for column, parts in zip(columns, drawn, strict=True)
         ]
+        if is_total:
+            cells = [(glyph, style if style == "$error" else "dim") for glyph, style in cells]
         for place in starts:
             if cells[place][0] == " " and (limit_row is None or row < limit_row):
                 cells[place] = ("╎", "dim")
