@@ -22,7 +22,8 @@ import hashlib
 import io
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +125,9 @@ def write(
 ) -> Path:
     """Write a checkpoint and flush it to disk.
 
+    All processes return once the checkpoint is complete: if one of them failed in the next step, it would end
+    the process that still writes.
+
     Args:
         save_checkpoint_files: writes the files of this process to the given folder.
 
@@ -131,35 +135,49 @@ def write(
         The folder of the checkpoint.
 
     Raises:
-        OSError: the checkpoint cannot be written. An earlier checkpoint of the same step is then unchanged.
+        OSError: a process cannot write its part. All processes raise the error. An earlier checkpoint of the
+            same step is then unchanged.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
-    if not dist.is_main_process:
-        dist.barrier()
-        save_checkpoint_files(draft_files(final))
-        dist.barrier()
-        dist.barrier()
-        return final
-    # Do not create parents: a run that was deleted meanwhile must not reappear.
-    run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
-    with held_draft(draft_path(final)) as draft:
-        if draft is None:
-            raise BlockingIOError(errno.EAGAIN, "Another process is writing it", str(final))
-        dist.barrier()
-        save_checkpoint_files(draft)
-        dist.barrier()
-        try:
-            atomic_write(draft / _STATE, msgspec.json.encode(state))
-            write_checksums(draft)
-            sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-            atomic_write(draft / MARKER, msgspec.json.encode(sizes))
+    files = draft_files(final)
+    with ExitStack() as stack:
+
+        def prepare() -> None:
+            # Do not create parents: a run that was deleted meanwhile must not reappear.
+            run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
+            if stack.enter_context(held_draft(draft_path(final))) is None:
+                raise BlockingIOError(errno.EAGAIN, "Another process is writing it", str(final))
+
+        def complete() -> None:
+            atomic_write(files / _STATE, msgspec.json.encode(state))
+            write_checksums(files)
+            sizes = {file.name: file.stat().st_size for file in sorted(files.iterdir())}
+            atomic_write(files / MARKER, msgspec.json.encode(sizes))
             # An earlier attempt may have left a checkpoint of this step.
-            publish(draft, final)
-        finally:
-            # If another process fails in the next step, it ends this one, too, so the checkpoint must be
-            # complete by then.
-            dist.barrier()
+            publish(files, final)
+
+        _together(dist, prepare if dist.is_main_process else None)
+        _together(dist, partial(save_checkpoint_files, files))
+        _together(dist, complete if dist.is_main_process else None)
     return final
+
+
+def _together(dist: DistributedContext, work: Callable[[], None] | None) -> None:
+    """Call ``work``, if any, and wait for the other processes. If ``work`` raises OSError in a process, all
+    processes raise OSError.
+    """
+    problem: OSError | None = None
+    if work is not None:
+        try:
+            work()
+        except OSError as error:
+            problem = error
+    report = None if problem is None else (problem.errno or errno.EIO, problem.strerror or str(problem))
+    reports = dist.all_gather(report)
+    if problem is not None:
+        raise problem
+    if failed := next(filter(None, reports), None):
+        raise OSError(*failed)
 
 
 def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:

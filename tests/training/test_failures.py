@@ -6,7 +6,9 @@ import errno
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from qlora_tui.training.reporter import Reporter, TelemetryRecorder
 from tests.support.nvml_stub import install_nvml_stub
 from tests.support.polling import wait_for
 from tests.support.power import FaultyDisk
+from tests.training.rank import Rank
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +70,40 @@ def test_a_write_error_in_a_checkpoint_preserves_its_errno(
     ((step, folder),) = run.checkpoints()
     assert torch.equal(torch.load(folder / "optimizer.pt")["state"][3], OPTIMIZER["state"][3])
     assert step == 1
+
+
+@pytest.mark.parametrize("failing", ["main draft", "main files", "other files", "main end"])
+def test_a_checkpoint_that_one_process_cannot_write_is_none_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    run, full = RunDir(tmp_path), OSError(errno.ENOSPC, "No space left on device")
+    barrier, values = threading.Barrier(2), [None, None]
+
+    def fail(*_: object) -> None:
+        raise full
+
+    if failing == "main draft":
+        run.checkpoints_dir.write_text("a file in place of the folder")
+    elif failing == "main end":
+        monkeypatch.setattr(checkpoints, "publish", fail)
+
+    def write_in(rank: int) -> object:
+        def save(folder: Path) -> None:
+            if failing == ("other files" if rank else "main files"):
+                fail()
+            (folder / f"rng_state_{rank}.pth").write_text("1")
+
+        try:
+            return checkpoints.write(
+                run, STATE, save, Rank(rank=rank, world_size=2, barrier=barrier, values=values)
+            )
+        except OSError as error:
+            return error.errno
+
+    with ThreadPoolExecutor(2) as pool:
+        expected = errno.EEXIST if failing == "main draft" else errno.ENOSPC
+        assert list(pool.map(write_in, (0, 1))) == [expected, expected]
+    assert failing == "main draft" or run.checkpoints() == []
 
 
 @pytest.fixture

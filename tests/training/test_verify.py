@@ -51,6 +51,7 @@ from qlora_tui.training.model import PreparedBase, checkpoint_activations, prepa
 from qlora_tui.training.samples import Sample, SampleList
 from tests.support.every_model import taken, walks_over_models
 from tests.training.families import build
+from tests.training.rank import Rank
 from tests.training.trained_weights import (
     CLAIMED,
     LENGTH_SCALED,
@@ -412,20 +413,6 @@ def test_a_path_that_raises_is_replaced(tmp_path: Path, monkeypatch: pytest.Monk
     assert verdict.comparison.failure == "TypeError: an argument that transformers added"
 
 
-class _Rank(DistributedContext, frozen=True, kw_only=True):
-    """One of two processes, simulated by threads that wait for each other where processes would."""
-
-    barrier: Any
-    values: list[Any]
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self.values[self.rank] = value
-        self.barrier.wait(timeout=60)
-        gathered = list(self.values)
-        self.barrier.wait(timeout=60)
-        return gathered
-
-
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(MemoryError("no more"), None), (KeyError("rope_type"), "KeyError: 'rope_type'")],
@@ -449,7 +436,7 @@ def test_a_failure_in_one_process_is_one_of_all(
 
     def verify_in(rank: int) -> VerificationResult | str:
         model, base, device = ready[rank]
-        processes = _Rank(rank=rank, world_size=2, barrier=barrier, values=values)
+        processes = Rank(rank=rank, world_size=2, barrier=barrier, values=values)
         try:
             return verify_step(model, base, excerpt(), device, 0, processes)
         except StepNotComputedError as failure:
