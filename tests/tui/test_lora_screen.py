@@ -206,14 +206,14 @@ async def test_a_very_large_window_has_bars_below_panels_that_end_in_the_same_ro
     app = open_on("home", model=small, gpu_gib=12)
     async with app.run_test(size=(200, 60)) as pilot:
         await pilot.press("4")
-        await wait_for_text(pilot, "● rank 16", "rank 256", "adapter in memory")
+        await wait_for_text(pilot, "● rank 16", "rank 256", "adapter at the peak")
         ends = [app.screen.query_one(f"#{name}-panel").region.bottom for name in ("modules", "lora-settings")]
         assert ends[0] == ends[1]
         shown = text_of(app)
         assert shown.index("A higher rank can learn more") < shown.index("The QLoRA paper found")
         await pilot.resize_terminal(200, 46)
         await wait_for_text(pilot, " params     disk     needs")
-        assert "adapter in memory" not in text_of(app)
+        assert "adapter at the peak" not in text_of(app)
 
 
 @pytest.mark.slow

@@ -82,9 +82,9 @@ class ReversingList(OptionList):
         return style + VisualStyle(reverse=True) if is_reversed else style
 
     def render_line(self, y: int) -> Strip:
-        """Return a line of the list. In the line under the cursor, no text is dim or muted. If this line is
-        reversed, it has only two colors, because ``reverse`` would turn each color of its text into a
-        background color.
+        """Return a line of the list. In the line under the cursor of a focused list, no text is dim or
+        muted. If this line is reversed, it has only two colors, because ``reverse`` would turn each color of
+        its text into a background color.
         """
         strip = super().render_line(y)
         if all(style and style.reverse for _, style, _ in strip):

@@ -517,7 +517,7 @@ def _group_lines(name: str, group: Sequence[ChoiceCost], *, most_bytes: int, wid
     """
     bar_cells = width - _GROUP_CELLS
     heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  "
-    heads += f"{'adapter in memory':<{bar_cells}}{'needs':>{_FIGURE_CELLS - 2}}"
+    heads += f"{'adapter at the peak':<{bar_cells}}{'needs':>{_FIGURE_CELLS - 2}}"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]
     for cost in group:
         figure = fit_figure(cost.verdict, is_current=cost.is_current)

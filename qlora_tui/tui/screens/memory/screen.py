@@ -329,10 +329,12 @@ class MemoryScreen(WorkScreen):
         notes = [highlight_keys(f"; {text}", "$text-muted not bold") for text in texts]
         if self.has_class("-narrow"):
             can_train = self.app.workbench.model_refusal() is None
-            # The notes are left out only if they do not fit next to the shortest title.
+            name, verdict = PRECISION_NAMES[self.precision], self._verdict
+            least = fit_title(name, verdict, 0, can_train=can_train).cell_length
+            # A note is left out only if it does not fit next to the shortest title.
+            notes = [note for note in notes if least + note.cell_length <= room]
             room_left = room - sum(note.cell_length for note in notes)
-            name = PRECISION_NAMES[self.precision]
-            title = fit_title(name, self._verdict, room_left, can_train=can_train)
+            title = fit_title(name, verdict, room_left, can_train=can_train)
         else:
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))

@@ -73,7 +73,7 @@ def timeline_lines(
 
     A label of the scale stands for the middle of its row; 0 is in the row of the phases. Each cell shows the
     largest of its parts. Parts that are too low to be seen take the look of the part below, but the label of
-    the peak has the sizes of all parts. Dashed lines above the graph separate the phases.
+    the peak has the sizes of all parts, if there is room. Dashed lines above the graph separate the phases.
 
     ``is_even``: whether cells have blocks instead of textures. If only one part can be seen, the graph has
     dim blocks instead of its texture.
@@ -166,8 +166,8 @@ def _column(moment: Moment) -> _GraphColumn:
 
 def _visible_parts(columns: Sequence[_GraphColumn], row_bytes: float) -> list[Counter[BarPart]]:
     """Return the size of each part of each column, in bytes, in the order of the graph. Parts that are lower
-    than :data:`_LEAST_ROWS` in all columns are added to the part below or, if there is none, to the part with
-    the largest size.
+    than :data:`_LEAST_ROWS` in all columns are added to the part below or, if there is none, to the lowest
+    part that is higher. If there is none either, they are added to the part with the largest size.
     """
     most: Counter[BarPart] = Counter()
     for column in columns:
@@ -175,9 +175,10 @@ def _visible_parts(columns: Sequence[_GraphColumn], row_bytes: float) -> list[Co
     largest = max(most, key=lambda part: most[part])
     drawn = []
     for column in columns:
-        look, sizes = largest, Counter[BarPart]()
+        seen = [part for part, _ in column.parts if most[part] >= _LEAST_ROWS * row_bytes]
+        look, sizes = next(iter(seen), largest), Counter[BarPart]()
         for part, size in column.parts:
-            look = part if most[part] >= _LEAST_ROWS * row_bytes else look
+            look = part if part in seen else look
             sizes[look] += size
         drawn.append(sizes)
     return drawn
@@ -238,6 +239,8 @@ def _draw_peak(grid: list[list[tuple[str, str]]], row: int, place: int, column: 
     for at, start, text in tries:
         room = slice(start, start + len(text))
         cells = grid[at]
+        if at != row and grid[row][place][0] not in _FREE:
+            continue
         if start >= 0 and room.stop <= len(cells) and all(glyph in _FREE for glyph, _ in cells[room]):
             plain = range(text.index(peak) + len(peak), len(text.rstrip(" ▾")))
             cells[room] = [(each, "" if number in plain else "bold") for number, each in enumerate(text)]

@@ -265,7 +265,8 @@ def _order(models: Sequence[Starter]) -> str:
     """Return the order of recommended models in words, such as ``demo, best fit, then by size``."""
     first = ["demo"] if any(model.is_demo for model in models) else []
     first += ["best fit"] if any(model.is_best_fit for model in models) else []
-    rest = [f"{'then ' if first else ''}by size"] if len(models) > len(first) + 1 else []
+    others = sum(not (model.is_demo or model.is_best_fit) for model in models)
+    rest = [f"{'then ' if first else ''}by size"] if not first or others > 1 else []
     return ", ".join([*first, *rest])
 
 

@@ -329,7 +329,7 @@ def _last_loss(snapshot: RunSnapshot) -> list[Content]:
     if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None or last == best:
         return []
     text = format_loss(last.loss)
-    if last.loss is not None and best is not None and best.loss:
+    if last.loss is not None and best is not None and best.loss and text != format_loss(best.loss):
         rise = last.loss / best.loss - 1
         text += f" (+{format_small_percent(rise)})" if rise > 0 else ""
     return [fact("last", text)]
