@@ -56,7 +56,7 @@ async def test_a_large_window_shows_the_next_rows_too(model: str, here: Path) ->
         await wait_for_text(pilot, "Where is parcel 1?", "row 2 ·", "Where is parcel 2?", "row 3 ·")
         await pilot.press("right")
         await wait_for_text(pilot, "row 2 of 3", "row 3 ·")
-        assert "Where is parcel 1?" not in text_of(pilot.app)
+        await wait_until(pilot, lambda: "Where is parcel 1?" not in text_of(pilot.app))
         await pilot.resize_terminal(100, 30)
         await wait_until(pilot, lambda: "row 3 ·" not in text_of(pilot.app))
 
