@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -138,12 +138,15 @@ def reason(summary: RunSummary) -> Content:
     return Content("" if text == ALL_STEPS_DONE else text)
 
 
+def _need_exponents(numbers: Iterable[str]) -> bool:
+    """Return whether a column writes these numbers with exponents, because one of them needs an exponent."""
+    return any("e-" in number for number in numbers)
+
+
 def rates_have_exponents(rows: Sequence[RunSummary]) -> bool:
-    """Return whether a list of these runs writes all learning rates with exponents, because one needs an
-    exponent.
-    """
+    """Return whether a list of these runs has a column of learning rates with exponents."""
     rates = {each.value for row in rows for each in row.settings if each.title == "lr"}
-    return len(rates) > 1 and any("e-" in rate for rate in rates)
+    return len(rates) > 1 and _need_exponents(rates)
 
 
 def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
@@ -163,7 +166,7 @@ def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]
     for place, title in enumerate(variety):
         if variety[title] > 1:
             # A column has one notation, with the exponents below each other.
-            has_exponents = any("e-" in settings[place].value for settings in readable)
+            has_exponents = _need_exponents(settings[place].value for settings in readable)
             yield Column(
                 title=title,
                 text=partial(value, place, has_exponents),
@@ -541,7 +544,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
 
 def settings_lines(recipe: Recipe | None, width: int, *, has_exponents: bool = False) -> list[Content]:
     """Return lines with the settings that most often differ between runs. ``recipe``: None if it cannot be
-    read. With ``has_exponents``, the learning rate has an exponent, as in a list of runs beside the lines.
+    read. ``has_exponents``: whether to write the learning rate with an exponent, as the list of runs does.
     """
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
