@@ -89,8 +89,10 @@ class ReversingList(OptionList):
         strip = super().render_line(y)
         if all(style and style.reverse for _, style, _ in strip):
             return Strip([Segment(text, _two_colors(style)) for text, style, _ in strip], strip.cell_length)
+        if not self.has_focus:
+            return strip
         cursor = self.get_visual_style("option-list--option-highlighted").rich_style
-        if not self.has_focus or any(not style or style.bgcolor != cursor.bgcolor for _, style, _ in strip):
+        if any(not style or style.bgcolor != cursor.bgcolor for _, style, _ in strip):
             return strip
         muted = self.get_visual_style("option-list--option-disabled").rich_style.color
         plain = Style(color=cursor.color, dim=False)

@@ -259,8 +259,8 @@ class ChatMain(Vertical):
         self.watch(self.conversation, "virtual_size", self._fit_later, init=False)
 
     def on_chat_turn_resized(self) -> None:
-        """Divide the rows anew. In a conversation that has free rows, or gets them, a turn can change its
-        height while the virtual size remains the same.
+        """Recompute the heights. The virtual size is at least the height of the conversation, so it does not
+        change if a turn grows into free rows or shrinks.
         """
         self._fit_later()
 
