@@ -379,7 +379,7 @@ def test_a_mark_is_in_the_cell_of_its_value_and_lines_between_unlike_marks_are_n
         if (found := re.match(r" *(\d+\.?\d*) ", line.plain))
     }
     (top, high), *_, (bottom, low) = labels.items()
-    line = dots_of(body, "red")
+    line = dots_of(body, "red dim")
     blocks = dict(
         sorted(
             (column, set(range(4 * row, 4 * row + 4)))

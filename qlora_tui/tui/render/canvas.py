@@ -10,9 +10,9 @@ from textual.content import Content
 
 Look = Literal["line", "thin", "dotted", "points"]
 """How a curve is drawn. ``line``: a line of braille dots, two dots thick in a high graph and one dot in a low
-graph. ``thin``: a line one dot thick. ``dotted``: a line with dots only in every other column of dots, drawn
-over other lines; not drawn in a low graph. ``points``: dots for the lowest and the highest value at each x,
-without a line.
+graph. ``thin``: a line one dot thick. ``dotted``: a dim line with dots only in every other column of dots,
+drawn over other lines; not drawn in a low graph. ``points``: dots for the lowest and the highest value at
+each x, without a line.
 """
 DOTS_WIDE, DOTS_HIGH = 2, 4
 """Width and height of a braille character in dots. Curves are drawn with these dots."""

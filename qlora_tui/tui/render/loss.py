@@ -111,7 +111,7 @@ def run_plot(facts: LossFacts) -> Plot:
             Curve(
                 validation,
                 "validation",
-                f"{VALIDATION_STYLE} dim",
+                VALIDATION_STYLE,
                 words=_from_to("val", validation, shown[-1][1] if shown else None),
                 look="dotted",
             ),

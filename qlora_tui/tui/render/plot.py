@@ -420,7 +420,7 @@ def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
         dots |= {(column, row + 1) for column, row in dots if row + 1 < canvas.height * DOTS_HIGH}
     if curve.look == "dotted":
         dots = {(column, row) for column, row in dots if column % 2 == 0}
-    canvas.settle(dots, curve.style, curve.look)
+    canvas.settle(dots, f"{curve.style} dim" if curve.look == "dotted" else curve.style, curve.look)
     if curve.fill and canvas.height >= _MANY_ROWS and y.low <= 0:
         canvas.fill(dots, curve.fill)
     for column in broken_columns:
